@@ -1,0 +1,479 @@
+"""sft.py as it runs: against transformers and TRL, on any split of the work, stopped and resumed, saved and loaded."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ASSETS, ROOT, command, read_metrics, run, write_rows
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import sft
+from common import UserError
+
+ROWS = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:200]]
+
+
+@pytest.fixture
+def ragged(tmp_path):
+    """37 conversations of 1 to 5 exchanges."""
+    rng = random.Random(0)
+    rows = [{"messages": sum((rng.choice(ROWS)["messages"] for _ in range(rng.randint(1, 5))), [])} for _ in range(37)]
+    return write_rows(tmp_path / "ragged.jsonl", rows)
+
+
+def train(output_dir, **flags):
+    """Run sft.main in this process -> its metrics."""
+    defaults = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}
+    if "dataset" in flags and isinstance(flags["dataset"], str):
+        flags["dataset"] = (flags["dataset"],)
+    sft.main(replace(sft.Args(output_dir=str(output_dir)), **{**defaults, **flags}))
+    return read_metrics(output_dir)
+
+
+def flags_of(**flags):
+    """The same flags for a command line."""
+    words = []
+    for name, value in {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3, **flags}.items():
+        words += [f"--{name.replace('_', '-')}"] if value is not False else []
+        words += [] if isinstance(value, bool) else list(value) if isinstance(value, tuple) else [value]
+    return [str(word) for word in words]
+
+
+def weights(path):
+    return load_file(Path(path) / "final" / "model.safetensors")
+
+
+def assert_same_curve(found, expected, rtol=1e-4):
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=rtol, abs=1e-6), (key, a, b)
+
+
+# ---- The right loss --------------------------------------------------------------------------------------------------
+
+
+def reference_curve(dataset, steps, learning_rate):
+    """Losses and gradient norms of a plain padded loop with transformers' own loss, whole batches, linear decay."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    examples = []
+    for line in Path(dataset).read_text().splitlines():
+        ids, labels = [], []
+        for message in json.loads(line)["messages"]:
+            head = tokenizer(f"<|im_start|>{message['role']}\n")["input_ids"]
+            body = tokenizer(f"{message['content']}<|im_end|>")["input_ids"]
+            tail = tokenizer("\n")["input_ids"]
+            ids += head + body + tail
+            labels += [-100] * len(head) + (body if message["role"] == "assistant" else [-100] * len(body)) + [-100] * len(tail)
+        examples.append((ids, labels))
+    width = max(len(ids) for ids, _ in examples)
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
+    labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
+    mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples])
+    curve = []
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = learning_rate * (steps - step) / steps
+        loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        curve.append((loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return curve
+
+
+def test_loss_curve_equals_that_of_transformers(tmp_path, ragged):
+    found = train(tmp_path / "run", dataset=ragged, batch_size=37, max_steps=4, micro_batch_tokens=300)
+    expected = reference_curve(ragged, 4, 1e-3)
+    assert [(row["loss"], row["grad_norm"]) for row in found] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+
+
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_loss_curve_equals_that_of_trl(tmp_path, ragged, loss_type):
+    """TRL 1.16 on the same batch of pre-tokenized rows (its own template handling would train the prompts)."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from common import encode_sft
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    rows = []
+    for line in Path(ragged).read_text().splitlines():
+        encoded = encode_sft(json.loads(line), tokenizer)
+        labels = [token if m else -100 for token, m in zip(encoded["input_ids"], encoded["loss_mask"], strict=True)]
+        rows.append({"input_ids": encoded["input_ids"], "labels": labels})
+    found = train(tmp_path / "run", dataset=ragged, batch_size=37, loss_type=loss_type)
+    config = SFTConfig(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=37, num_train_epochs=3, learning_rate=1e-3,
+                       loss_type=loss_type, bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no",
+                       logging_steps=1, report_to="none", model_init_kwargs={"dtype": "float32"}, max_length=None)  # fmt: skip
+    trainer = SFTTrainer(str(ASSETS / "model"), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer.train()
+    expected = [row for row in trainer.state.log_history if "loss" in row]
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "learning_rate"):
+        assert [row[key] for row in found] == pytest.approx([float(row[key]) for row in expected], rel=2e-3, abs=1e-6), key
+
+
+# ---- Any split of the work -------------------------------------------------------------------------------------------
+
+
+def test_micro_batches_do_not_change_the_curve(tmp_path, ragged):
+    whole = train(tmp_path / "whole", dataset=ragged, max_steps=5, label_smoothing=0.1)
+    for tokens in (101, 250):  # 101 is the longest conversation: one or two documents a row
+        cut = train(tmp_path / str(tokens), dataset=ragged, max_steps=5, label_smoothing=0.1, micro_batch_tokens=tokens)
+        assert_same_curve(cut, whole)
+    assert whole[4]["epoch"] == 1.0  # the last batch of the epoch is smaller, and trained
+    assert whole[4]["tokens"] == sum(len(row["input_ids"]) for row in encoded(ragged))
+
+
+def encoded(path):
+    from common import encode_sft
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    return [encode_sft(json.loads(line), tokenizer) for line in Path(path).read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "gradient_checkpointing": True}, {"micro_batch_tokens": 128}])
+def test_two_ranks_equal_one(tmp_path, ragged, flags):
+    """37 rows in batches of 9: the last batch has one, so that one of the ranks runs a micro-batch that trains nothing."""
+    flags = {"dataset": (ragged,), "batch_size": 9, "max_steps": 6, "learning_rate": 1e-3, **flags}
+    flags |= {"eval_dataset": (ragged,), "eval_every": 3}
+    one = train(tmp_path / "one", **flags)
+    result = run("sft.py", *flags_of(output_dir=tmp_path / "two", **flags), ranks=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert_same_curve(read_metrics(tmp_path / "two"), one, rtol=1e-3)
+    assert len([row for row in one if "eval/loss" in row]) == 3
+
+
+# ---- Stopped and resumed ---------------------------------------------------------------------------------------------
+
+
+def start(*flags, ranks=1):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command("sft.py", *flags, ranks=ranks), env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+
+
+def wait_for_step(process, output_dir, step, timeout=120):
+    """Wait until metrics.jsonl has that step, or the process has ended."""
+    deadline = time.time() + timeout
+    while process.poll() is None:
+        assert time.time() < deadline, "no such step in time"
+        path = Path(output_dir) / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_at_random_instants_then_resume_is_exact(tmp_path, ragged, ranks):
+    """Bit for bit: metrics.jsonl (times aside) and weights; the checkpoint of step 10 is at the boundary of two epochs."""
+    flags = {"dataset": (ragged,), "max_steps": 24, "save_every": 2, "eval_dataset": (ragged,), "eval_every": 4}
+    flags |= {"lora_rank": 4, "lora_dropout": 0.1, "lora_merge": True, "neftune_alpha": 5.0}
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    result = run("sft.py", *flags_of(output_dir=straight, **flags), ranks=ranks)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rng = random.Random(ranks)
+    for attempt, step in enumerate([3, 11, 17]):
+        process = start(*flags_of(output_dir=killed, resume=attempt > 0, **flags), ranks=ranks)
+        wait_for_step(process, killed, step)
+        time.sleep(rng.random() * 0.3)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)  # torchrun's workers have sessions of their own
+        assert not (killed / "final").exists(), "the run ended before it could be killed"
+    result = run("sft.py", *flags_of(output_dir=killed, resume=True, **flags), ranks=ranks)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "resuming after step" in result.stdout
+    assert read_metrics(killed) == read_metrics(straight)
+    a, b = weights(killed), weights(straight)
+    assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_resume_on_another_number_of_ranks_keeps_the_curve(tmp_path, ragged, before, after):
+    flags = {"dataset": (ragged,), "max_steps": 12, "save_every": 6, "batch_size": 9}
+    expected = train(tmp_path / "straight", **flags)
+    process = start(*flags_of(output_dir=tmp_path / "moved", **flags), ranks=before)
+    wait_for_step(process, tmp_path / "moved", 7)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    subprocess.run(["pkill", "-9", "-f", str(tmp_path / "moved")], check=False)
+    result = run("sft.py", *flags_of(output_dir=tmp_path / "moved", resume=True, **flags), ranks=after)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "resuming after step 6" in result.stdout
+    assert_same_curve(read_metrics(tmp_path / "moved"), expected, rtol=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_saves_the_last_completed_step_and_says_how_to_go_on(tmp_path, ragged, ranks):
+    flags = {"dataset": (ragged,), "max_steps": 400, "learning_rate": 1e-4}
+    output_dir = tmp_path / "run"
+    process = start(*flags_of(output_dir=output_dir, **flags), ranks=ranks)
+    wait_for_step(process, output_dir, 5)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == (0 if ranks == 1 else 1), output[-2000:]  # torchrun returns 1 when it was signalled
+    assert f"--output-dir {output_dir} --resume" in output
+    done = read_metrics(output_dir)[-1]["step"]
+    assert [path.name for path in sft.complete_checkpoints(output_dir)] == [f"checkpoint-{done:08d}"]
+    assert not (output_dir / "final").exists()
+
+
+def test_resume_at_the_same_step_repeats_nothing(tmp_path, ragged):
+    flags = {"dataset": ragged, "save_every": 2, "max_steps": 4, "eval_dataset": (ragged,), "eval_every": 2}
+    expected = train(tmp_path / "run", **flags)
+    assert train(tmp_path / "run", resume=True, **flags) == expected
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # killed before the last evaluation
+    assert train(tmp_path / "run", resume=True, **flags) == expected
+
+
+def test_without_a_checkpoint_resume_begins_again_and_says_so(tmp_path, ragged, capsys):
+    expected = train(tmp_path / "run", dataset=ragged)
+    assert train(tmp_path / "run", dataset=ragged, resume=True) == expected
+    assert "no complete checkpoint" in capsys.readouterr().out
+    (tmp_path / "run" / "checkpoint-00000002").mkdir()  # as a directory without its last file is not complete
+    assert train(tmp_path / "run", dataset=ragged, resume=True) == expected
+
+
+def test_old_checkpoints_are_deleted(tmp_path, ragged):
+    train(tmp_path / "run", dataset=ragged, save_every=1, max_steps=5, keep_checkpoints=2)
+    names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint*"))
+    assert names == ["checkpoint-00000004", "checkpoint-00000005"]
+
+
+@pytest.mark.slow
+def test_full_disk_leaves_the_previous_checkpoint_and_an_error(tmp_path, ragged):
+    """A limit on the size of files stands in for the full disk: the write of the second checkpoint fails in its middle."""
+    flags = flags_of(output_dir=tmp_path / "run", dataset=(ragged,), max_steps=2, save_every=2)
+    assert run("sft.py", *flags).returncode == 0
+    limited = subprocess.Popen(
+        command("sft.py", *flags_of(output_dir=tmp_path / "run2", dataset=(ragged,), max_steps=4, save_every=2)),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "run2" / "checkpoint-00000002").exists():
+        assert limited.poll() is None, limited.communicate()[0][-2000:]
+        time.sleep(0.002)
+    resource.prlimit(limited.pid, resource.RLIMIT_FSIZE, (2**20, 2**20))  # weights and moments take 10 MiB
+    output, _ = limited.communicate(timeout=120)
+    assert limited.returncode == 1
+    assert "the checkpoint of step 4 cannot be written" in output
+    assert "Complete checkpoints: checkpoint-00000002" in output
+    assert "Traceback" not in output
+    assert [path.name for path in (tmp_path / "run2").glob("*checkpoint*")] == ["checkpoint-00000002"]
+    resumed = run("sft.py", *flags_of(output_dir=tmp_path / "run2", dataset=(ragged,), max_steps=4, save_every=2, resume=True))
+    assert resumed.returncode == 0
+    assert "resuming after step 2" in resumed.stdout
+
+
+@pytest.mark.parametrize("bad", [1, 3])
+def test_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path, ragged, monkeypatch, bad):
+    real, calls = sft.sft_loss, []
+
+    def poisoned(logps_N, *rest):
+        calls.append(1)
+        return real(logps_N, *rest) * (float("nan") if len(calls) == bad else 1.0)
+
+    monkeypatch.setattr(sft, "sft_loss", poisoned)
+    with pytest.raises(UserError, match=rf"step {bad}: the loss is nan.*8 rows: \d+ of .*ragged.jsonl"):
+        train(tmp_path / "run", dataset=ragged, save_every=1)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, bad))
+    assert len(sft.complete_checkpoints(tmp_path / "run")) == min(bad - 1, 2)
+
+
+# ---- Saved and loaded ------------------------------------------------------------------------------------------------
+
+
+def untied_model(path):
+    """The embedded model with a head of its own."""
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() * 1.1)
+    model.save_pretrained(path)
+    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "adapter", "merged"])
+def test_final_gives_the_logits_of_the_trained_policy(tmp_path, ragged, kind, monkeypatch):
+    kept = {}
+    real = sft.export
+
+    def export(args, output_dir, policy, *rest):
+        policy.eval()
+        with torch.no_grad():
+            kept["logits"] = policy(input_ids=torch.arange(40)[None]).logits
+        return real(args, output_dir, policy, *rest)
+
+    monkeypatch.setattr(sft, "export", export)
+    lora = {"lora_rank": 4, "lora_rslora": True, "lora_merge": kind == "merged"} if kind in ("adapter", "merged") else {}
+    model = str(untied_model(tmp_path / "untied")) if kind == "untied" else str(ASSETS / "model")
+    train(tmp_path / "run", dataset=ragged, model=model, **lora)
+    final = tmp_path / "run" / "final"
+    loaded = AutoModelForCausalLM.from_pretrained(final)
+    with torch.no_grad():
+        found = loaded(input_ids=torch.arange(40)[None]).logits
+        before = AutoModelForCausalLM.from_pretrained(model)(input_ids=torch.arange(40)[None]).logits
+    torch.testing.assert_close(found, kept["logits"], rtol=1e-5, atol=1e-4 if lora else 1e-6)
+    assert (found - before).abs().max() > 0.01
+    assert (final / "adapter_config.json").exists() == (kind == "adapter")
+    names = set(load_file(final / ("adapter_model" if kind == "adapter" else "model")).keys()) if False else None
+    assert names is None
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ASSETS / "model").chat_template
+    generation = json.loads((final / "generation_config.json").read_text())
+    assert tokenizer.eos_token_id in [generation["eos_token_id"]] + list(generation["eos_token_id"] if isinstance(generation["eos_token_id"], list) else [])  # fmt: skip
+
+
+def test_two_ranks_export_what_one_does(tmp_path, ragged):
+    flags = {"dataset": (ragged,), "batch_size": 8, "max_steps": 2}
+    train(tmp_path / "one", **flags)
+    result = run("sft.py", *flags_of(output_dir=tmp_path / "two", **flags), ranks=2)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "two/final/config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+# ---- Modes -----------------------------------------------------------------------------------------------------------
+
+
+def test_lora_trains_adapters_only(tmp_path, ragged):
+    train(tmp_path / "run", dataset=ragged, lora_rank=4, lora_targets=("q_proj", "mlp.up_proj"))
+    adapter = load_file(tmp_path / "run" / "final" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"q_proj", "up_proj"}
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapter.values())
+
+
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gradient_checkpointing_changes_nothing(tmp_path, ragged, lora_rank):
+    expected = train(tmp_path / "a", dataset=ragged, lora_rank=lora_rank)
+    assert_same_curve(train(tmp_path / "b", dataset=ragged, lora_rank=lora_rank, gradient_checkpointing=True), expected, 1e-5)
+
+
+@pytest.mark.slow
+def test_compile_changes_nothing(tmp_path, ragged):
+    expected = train(tmp_path / "a", dataset=ragged)
+    assert_same_curve(train(tmp_path / "b", dataset=ragged, compile=True), expected, 1e-4)
+
+
+def test_four_bit_base(tmp_path, ragged):
+    pytest.importorskip("bitsandbytes", reason="tests/requirements.txt installs it")
+    flags = {"dataset": ragged, "lora_rank": 8, "load_in_4bit": True, "max_steps": 12, "learning_rate": 3e-3}
+    losses = [row["loss"] for row in train(tmp_path / "run", **flags)]
+    exact = train(tmp_path / "exact", **{**flags, "load_in_4bit": False})[0]["loss"]
+    assert losses[0] == pytest.approx(exact, rel=0.5)
+    assert losses[0] != exact
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_mixture_of_experts_aux_loss(tmp_path, ragged):
+    """The router's loss is logged, equals transformers' on one batch, and changes the gradient."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4,
+                            num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                            head_dim=8, router_aux_loss_coef=0.5, max_position_embeddings=512)  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path / "moe")
+    flags = {"model": str(tmp_path / "moe"), "dataset": ragged, "batch_size": 37, "max_steps": 1}
+    (with_aux,) = train(tmp_path / "with", **flags)
+    (without,) = train(tmp_path / "without", router_aux_loss_coef=0.0, **flags)
+    ids = torch.tensor([token for row in encoded(ragged) for token in row["input_ids"]])[None]
+    routers = model(input_ids=ids[:, :512], output_router_logits=True).aux_loss.item()
+    assert with_aux["aux_loss"] == pytest.approx(routers, rel=0.05)
+    assert "aux_loss" not in without
+    assert with_aux["loss"] == pytest.approx(without["loss"], rel=1e-6)
+    assert with_aux["grad_norm"] != pytest.approx(without["grad_norm"], rel=1e-3)
+
+
+def test_neftune_adds_noise_in_training_only(tmp_path, ragged):
+    flags = {"dataset": ragged, "eval_dataset": (ragged,), "max_steps": 1, "learning_rate": 1e-12}
+    plain, noisy = train(tmp_path / "a", **flags), train(tmp_path / "b", neftune_alpha=20.0, **flags)
+    assert plain[1]["loss"] != noisy[1]["loss"]
+    assert plain[0] == noisy[0]
+    assert plain[2]["eval/loss"] == pytest.approx(noisy[2]["eval/loss"], rel=1e-6)
+
+
+def test_one_document_a_row_where_attention_cannot_pack(tmp_path, ragged, monkeypatch):
+    expected = train(tmp_path / "a", dataset=ragged)
+    monkeypatch.setattr(sft, "self_check", lambda *_: False)
+    assert_same_curve(train(tmp_path / "b", dataset=ragged), expected)
+
+
+def test_weight_decay_is_on_matrices_only(tmp_path, ragged):
+    train(tmp_path / "a", dataset=ragged, learning_rate=1e-12, weight_decay=1e9, max_grad_norm=1.0)
+    before, after = load_file(ASSETS / "model" / "model.safetensors"), weights(tmp_path / "a")
+    for name in before:
+        assert torch.allclose(before[name], after[name], atol=1e-7) == (before[name].ndim < 2), name
+
+
+def test_output_directory_has_all_that_a_run_needs(tmp_path, ragged):
+    train(tmp_path / "run", dataset=ragged, wandb="offline")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["args"]["batch_size"] == 8
+    assert record["versions"]["torch"]
+    assert (tmp_path / "run" / "script.py").read_text() == (ROOT / "sft.py").read_text()
+    assert (tmp_path / "run" / "common.py").read_text() == (ROOT / "common.py").read_text()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+
+
+def test_eval_is_over_the_whole_set_by_token(tmp_path, ragged):
+    """Against transformers' own forward, row by row."""
+    (row,) = [row for row in train(tmp_path / "run", dataset=ragged, eval_dataset=(ragged,), max_steps=1) if row["step"] == 0]
+    model, losses, hits, exact = AutoModelForCausalLM.from_pretrained(ASSETS / "model"), [], [], []
+    for example in encoded(ragged):
+        ids, mask = torch.tensor(example["input_ids"]), torch.tensor(example["loss_mask"])[1:]
+        with torch.no_grad():
+            logps_TV = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        losses.append(-logps_TV.gather(1, ids[1:, None])[:, 0][mask])
+        hits.append((logps_TV.argmax(-1) == ids[1:])[mask])
+        exact.append(hits[-1].all())
+    assert row["eval/loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert row["eval/mean_token_accuracy"] == pytest.approx(torch.cat(hits).float().mean().item())
+    assert row["eval/exact_match"] == pytest.approx(sum(exact).item() / len(exact))
+
+
+# ---- The default run -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.learn
+def test_default_run_learns_and_its_model_answers(tmp_path):
+    """No flags: at most two minutes, from about half of the held-out sums to nine in ten. Then final/ answers by itself."""
+    began = time.time()
+    result = subprocess.run(command("sft.py", "--output-dir", tmp_path / "run"), capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert time.time() - began < 120 * float(os.environ.get("TIME_FACTOR", 1))
+    evals = [row for row in read_metrics(tmp_path / "run") if "eval/exact_match" in row]
+    assert 0.35 < evals[0]["eval/exact_match"] < 0.65
+    assert evals[-1]["eval/exact_match"] >= 0.9
+    assert f"eval/exact_match: {evals[0]['eval/exact_match']:.4f} before training" in result.stdout
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    rows = [json.loads(line)["messages"] for line in (ASSETS / "messages_eval.jsonl").read_text().splitlines()[:100]]
+    right = 0
+    for messages in rows:
+        inputs = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert output[-1] == tokenizer.eos_token_id, "generation does not stop at the end of the turn"
+        right += tokenizer.decode(output, skip_special_tokens=True) == messages[1]["content"]
+    assert right >= 85
