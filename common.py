@@ -1,12 +1,14 @@
-"""What the scripts share: tokenization.  (Rewards, rollout engines and weight sync join it with the RL scripts.)
+"""What the scripts share: tokenization.  (Rewards, rollout engines and weight sync join it with the RL
+scripts.)
 
     dataset row --encode_sft--> ids, loss mask --split_batch--> micro-batches --collate--> MicroBatch --varlen_attention--> model
 
 Shape legend: T packed tokens of a micro-batch, N trained positions in it (targets), H heads, D head size.
-Alignment: `labels_T[t]` is the token that position t predicts, `ids_T[t + 1]`, or IGNORE where nothing is trained.
-Rows are counted from 1, so that "row 17" of a .jsonl file is its line 17.
+Alignment: `labels_T[t]` is the token that position t predicts, `ids_T[t + 1]`, or IGNORE where nothing is
+trained. Rows are counted from 1, so that "row 17" of a .jsonl file is its line 17.
 
-`UserError` marks a user's mistake: scripts print its message without a traceback. Every other exception is a bug.
+`UserError` marks a user's mistake: scripts print its message without a traceback. Every other exception is a
+bug.
 """
 
 import csv
@@ -48,7 +50,8 @@ FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": 
 
 
 def parse_source(source):
-    """`PATH` or `PATH:WEIGHT` -> (path, weight). Weight 2 takes every row twice an epoch, 0.5 a seeded half of the rows."""
+    """`PATH` or `PATH:WEIGHT` -> (path, weight). Weight 2 takes every row twice an epoch, 0.5 a seeded half
+    of the rows."""
     match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", source)
     if match and not Path(source).exists():
         if float(match[2]) == 0:
@@ -58,7 +61,8 @@ def parse_source(source):
 
 
 def read_rows(path, config=None, split="train"):
-    """A file, a directory (saved by `datasets`, or of data files) or a hub id -> datasets.Dataset, one row a sample."""
+    """A file, a directory (saved by `datasets`, or of data files) or a hub id -> datasets.Dataset, one row a
+    sample."""
     location = Path(path)
     is_file = location.suffix in FILE_TYPES
     if not location.exists() and (is_file or path.startswith((".", "/", "~"))):
@@ -68,11 +72,15 @@ def read_rows(path, config=None, split="train"):
     try:
         if is_file:
             options = {}
-            if location.suffix == ".csv":  # every column is text: an answer "54" is no number, "None" not missing
+            if (
+                location.suffix == ".csv"
+            ):  # every column is text: an answer "54" is no number, "None" not missing
                 with open(location, newline="", encoding="utf-8") as file:
                     columns = {name: datasets.Value("string") for name in next(csv.reader(file), [])}
                 options = {"features": datasets.Features(columns), "keep_default_na": False}
-            return datasets.load_dataset(FILE_TYPES[location.suffix], data_files=str(location), split="train", **options)
+            return datasets.load_dataset(
+                FILE_TYPES[location.suffix], data_files=str(location), split="train", **options
+            )
         if (location / "state.json").exists():
             return datasets.load_from_disk(str(location))
         if (location / "dataset_dict.json").exists():
@@ -92,22 +100,31 @@ def name_bad_line(path):
             try:
                 row = json.loads(line) if line.strip() else {}
             except json.JSONDecodeError as error:
-                raise UserError(f"dataset {path}: row {number} is not JSON ({error}); fix or remove that line") from error
+                raise UserError(
+                    f"dataset {path}: row {number} is not JSON ({error}); fix or remove that line"
+                ) from error
             if not isinstance(row, dict):
-                raise UserError(f"dataset {path}: row {number} is a JSON {type(row).__name__}, not an object of columns")
+                raise UserError(
+                    f"dataset {path}: row {number} is a JSON {type(row).__name__}, not an object of columns"
+                )
 
 
 def load_tokenizer(model, chat_template=None, trust_remote_code=False):
-    """The model's own tokenizer; its chat template replaced by the Jinja file `chat_template` if one is given."""
+    """The model's own tokenizer; its chat template replaced by the Jinja file `chat_template` if one is
+    given."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
     except Exception as error:  # hub, file and format errors alike
         raise UserError(f"--model {model}: its tokenizer cannot be loaded: {error}") from error
     if not tokenizer.is_fast:
-        raise UserError(f"--model {model}: its tokenizer has no fast version, which locating trained turns needs")
+        raise UserError(
+            f"--model {model}: its tokenizer has no fast version, which locating trained turns needs"
+        )
     if chat_template:
         if not Path(chat_template).is_file():
-            raise UserError(f"--chat-template {chat_template}: no such file; it must be a file with a Jinja template")
+            raise UserError(
+                f"--chat-template {chat_template}: no such file; it must be a file with a Jinja template"
+            )
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
 
@@ -126,7 +143,8 @@ def drop_none(value):
 
 
 def check_messages(messages, column):
-    """A row's messages (also ShareGPT's from/value) -> a list of {role, content, ...}; UserError for what is not that."""
+    """A row's messages (also ShareGPT's from/value) -> a list of {role, content, ...}; UserError for what is
+    not that."""
     if not isinstance(messages, list) or not messages:
         raise UserError(f"`{column}` is {json.dumps(messages)[:60]}, not a non-empty list of messages")
     checked = []
@@ -136,16 +154,23 @@ def check_messages(messages, column):
             raise UserError(f"{where} is {json.dumps(message)[:60]}, not an object with `role` and `content`")
         message = drop_none(message)
         if "from" in message and "role" not in message:
-            message = {"role": SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}
+            message = {
+                "role": SHAREGPT_ROLES.get(message["from"], message["from"]),
+                "content": message.get("value"),
+            }
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
             raise UserError(f"{where} has the role {role!r}; roles are {', '.join(ROLES)}")
-        if isinstance(content, list) and any(isinstance(part, dict) and "image" in str(part.get("type")) for part in content):
+        if isinstance(content, list) and any(
+            isinstance(part, dict) and "image" in str(part.get("type")) for part in content
+        ):
             raise UserError(f"{where} holds an image; images are not supported, keep text-only rows")
         if content is None and message.get("tool_calls"):
             content = ""
         if not isinstance(content, str):
-            raise UserError(f"{where} ({role}) has content of type {type(content).__name__}; make it one string")
+            raise UserError(
+                f"{where} ({role}) has content of type {type(content).__name__}; make it one string"
+            )
         if role == "assistant" and not content.strip() and not message.get("tool_calls"):
             raise UserError(f"{where} is an empty assistant turn; remove it, or the row")
         message["content"] = content
@@ -156,7 +181,8 @@ def check_messages(messages, column):
 
 
 def check_tool_call(call, where):
-    """{"function": {"name", "arguments"}} (or that object alone), with arguments given as JSON text made an object."""
+    """{"function": {"name", "arguments"}} (or that object alone), with arguments given as JSON text made an
+    object."""
     if not isinstance(call, dict) or not isinstance(call.get("function", call).get("name"), str):
         raise UserError(f"{where} has a tool call without a function name: {json.dumps(call)[:60]}")
     function = dict(call.get("function", call))
@@ -187,25 +213,33 @@ def read_json_column(row, column, kind):
 def encode_messages(tokenizer, messages, turns=None, tools=None, template_kwargs=None):
     """Tokenize a conversation, marking what the model is to learn.
 
-    turns: indices of the assistant messages to train; None marks every token.
-    Returns ids and mask, two lists of one length; the ids are those of `apply_chat_template(messages)`. Of a trained
-    turn, all that the model must write is marked, the token that ends the turn included.
-    Raises UserError where the template refuses the messages or a turn cannot be located.
+    turns: indices of the assistant messages to train; None marks every token. Returns ids and mask, two lists
+    of one length; the ids are those of `apply_chat_template(messages)`. Of a trained turn, all that the model
+    must write is marked, the token that ends the turn included. Raises UserError where the template refuses
+    the messages or a turn cannot be located.
     """
 
     def render(messages, generation_prompt=False):
         try:
             return tokenizer.apply_chat_template(
-                messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **template_kwargs or {}
+                messages,
+                tools=tools,
+                tokenize=False,
+                add_generation_prompt=generation_prompt,
+                **template_kwargs or {},
             )
-        except Exception as error:  # a template is code of the user's: whatever it raises is about these messages
+        except (
+            Exception
+        ) as error:  # a template is code of the user's: whatever it raises is about these messages
             raise UserError(f"the chat template refuses these messages: {error}") from error
 
     text = render(messages)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoding["input_ids"], encoding["offset_mapping"]
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise UserError(f"the rendered row begins with two {tokenizer.bos_token}; remove the one in the first message")
+        raise UserError(
+            f"the rendered row begins with two {tokenizer.bos_token}; remove the one in the first message"
+        )
     if turns is None:
         return ids, [True] * len(ids)
 
@@ -218,13 +252,17 @@ def encode_messages(tokenizer, messages, turns=None, tools=None, template_kwargs
         stop = end_of_turn(render, special, messages[: turn + 1])
         start = blocks[turn] if blocks else locate_turn(render, special, text, messages, turn, stop)
         if stop in json.dumps(messages[turn], ensure_ascii=False):
-            raise UserError(f"the assistant's message {turn} contains {stop}, which the template adds; remove it")
+            raise UserError(
+                f"the assistant's message {turn} contains {stop}, which the template adds; remove it"
+            )
         end = text.find(stop, start) + len(stop)
         if end < start + len(stop) or (spans and start < spans[-1][1]):
             raise UserError(f"the turn of message {turn} cannot be told from the rest; {TEMPLATE_REMEDY}")
         for call in messages[turn].get("tool_calls", ()):
             if call["function"]["name"] not in text[start:end]:
-                raise UserError(f"the chat template does not render the tool calls of message {turn}; {TEMPLATE_REMEDY}")
+                raise UserError(
+                    f"the chat template does not render the tool calls of message {turn}; {TEMPLATE_REMEDY}"
+                )
         spans.append((start, end))
 
     mask, remaining = [], spans[::-1]
@@ -242,7 +280,8 @@ TEMPLATE_REMEDY = (
 
 
 def generation_blocks(tokenizer, template, messages, tools, template_kwargs):
-    """Assistant message -> the character at which its {% generation %} block begins; None if not each has just one."""
+    """Assistant message -> the character at which its {% generation %} block begins; None if not each has
+    just one."""
     _, (blocks,) = render_jinja_template(
         conversations=[messages],
         tools=tools,
@@ -257,19 +296,24 @@ def generation_blocks(tokenizer, template, messages, tools, template_kwargs):
 
 
 def locate_turn(render, special, text, messages, turn, stop):
-    """The character of `text` at which the model begins to write the assistant's message `turn`, ended by `stop`.
+    """The character of `text` at which the model begins to write the assistant's message `turn`, ended by
+    `stop`.
 
-    First the generation prompt: what precedes the turn, rendered with one, is a prefix of the text. Where the template
-    ends that prompt with a thinking block that this turn lacks: the part of the prompt that the text shares. Else (an
-    earlier turn is rendered differently once more follow, or the conversation begins with the assistant) a sentinel:
-    the turn begins where the text first changes when the turn's own words change.
+    First the generation prompt: what precedes the turn, rendered with one, is a prefix of the text. Where the
+    template ends that prompt with a thinking block that this turn lacks: the part of the prompt that the text
+    shares. Else (an earlier turn is rendered differently once more follow, or the conversation begins with
+    the assistant) a sentinel: the turn begins where the text first changes when the turn's own words change.
     """
-    earlier, prompt = (render(messages[:turn]), render(messages[:turn], generation_prompt=True)) if turn else ("", "")
+    earlier, prompt = (
+        (render(messages[:turn]), render(messages[:turn], generation_prompt=True)) if turn else ("", "")
+    )
     if turn and text.startswith(prompt):
         return len(prompt)
     if turn and text.startswith(earlier) and prompt.startswith(earlier):
         shared = re.match(rf"(?s).*(?:\n|{special})|", os.path.commonprefix([text, prompt]))
-        return max(len(earlier), shared.end())  # not in mid-line: <think> and <tool_call> share two characters
+        return max(
+            len(earlier), shared.end()
+        )  # not in mid-line: <think> and <tool_call> share two characters
 
     sentinel = "Zq7sentinel7qZ"
     words = {key: sentinel for key in ("content", "reasoning_content", "thinking") if messages[turn].get(key)}
@@ -280,16 +324,19 @@ def locate_turn(render, special, text, messages, turn, stop):
         raise UserError(f"the turn of message {turn} cannot be told from the rest; {TEMPLATE_REMEDY}")
     header = prompt[len(os.path.commonprefix([prompt, earlier])) :]
     begin = before.rfind(header)
-    if header and begin >= 0 and stop not in before[begin:]:  # this turn's own header: the model writes what follows,
+    if (
+        header and begin >= 0 and stop not in before[begin:]
+    ):  # this turn's own header: the model writes what follows,
         return begin + len(header)  # a thinking block that opens before the sentinel included
     return len(before)
 
 
 def end_of_turn(render, special, messages):
-    """The special token that ends the last message: the one with which the template ends a plain answer, if it is there.
+    """The special token that ends the last message: the one with which the template ends a plain answer, if
+    it is there.
 
-    Phi-3 closes a last turn with <|end|> and then the document with <|endoftext|>; LFM2 closes a tool call with its own
-    token and then the turn with <|im_end|>.
+    Phi-3 closes a last turn with <|end|> and then the document with <|endoftext|>; LFM2 closes a tool call
+    with its own token and then the turn with <|im_end|>.
     """
     plain = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     endings = []
@@ -314,10 +361,15 @@ def encode_text(tokenizer, prompt, completion):
     """Tokenize plain text once, as prompt + completion + EOS -> ids, mask of the completion with its EOS."""
     eos, bos = tokenizer.eos_token, tokenizer.bos_token_id
     if eos is None:
-        raise UserError("the tokenizer has no EOS token, so that a model could not learn to stop; set its eos_token")
+        raise UserError(
+            "the tokenizer has no EOS token, so that a model could not learn to stop; set its eos_token"
+        )
     text = prompt + completion + ("" if completion.endswith(eos) else eos)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, mask = encoding["input_ids"], [end > max(start, len(prompt)) for start, end in encoding["offset_mapping"]]
+    ids, mask = (
+        encoding["input_ids"],
+        [end > max(start, len(prompt)) for start, end in encoding["offset_mapping"]],
+    )
     return ([bos, *ids], [False, *mask]) if adds_bos(tokenizer) and ids[0] != bos else (ids, mask)
 
 
@@ -326,19 +378,26 @@ EXTRA_COLUMNS = ("labels", "tools", "chat_template_kwargs")
 
 
 def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop", vocab_size=None):
-    """One row -> {"input_ids", "loss_mask", "num_targets", "dropped"}; `dropped` says why the row is not used, "" where it is.
+    """One row -> {"input_ids", "loss_mask", "num_targets", "dropped"}; `dropped` says why the row is not
+    used, "" where it is.
 
-    What is trained, by `loss_on`: auto is the completion, else the assistant's turns, else (plain text) everything.
-    loss_mask[t] marks ids[t] as a token to learn; the first token of a row has nothing before it and is never one.
-    Raises UserError for a row that is not what its columns promise.
+    What is trained, by `loss_on`: auto is the completion, else the assistant's turns, else (plain text)
+    everything. loss_mask[t] marks ids[t] as a token to learn; the first token of a row has nothing before it
+    and is never one. Raises UserError for a row that is not what its columns promise.
     """
     present = [column for column in SFT_COLUMNS if row.get(column) is not None]
     if any(row.get(column) is not None for column in ("image", "images")):
         raise UserError("the row has images, which are not supported; use text-only rows and drop the column")
-    tools, template_kwargs = read_json_column(row, "tools", list), read_json_column(row, "chat_template_kwargs", dict)
+    tools, template_kwargs = (
+        read_json_column(row, "tools", list),
+        read_json_column(row, "chat_template_kwargs", dict),
+    )
 
     if "input_ids" in present:
-        ids, mask, applicable = *encode_tokenized(row, vocab_size), ("all",) if row.get("labels") is None else ()
+        ids, mask, applicable = (
+            *encode_tokenized(row, vocab_size),
+            ("all",) if row.get("labels") is None else (),
+        )
     elif "messages" in present or "conversations" in present or isinstance(row.get("prompt"), list):
         prompt = []
         if "messages" in present or "conversations" in present:
@@ -349,7 +408,9 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
             messages = prompt + check_messages(row.get("completion"), "completion")
             applicable = ("completion", "assistant", "last-assistant", "all")
         if tokenizer.chat_template is None:
-            raise UserError("the row holds messages, but the tokenizer has no chat template; give one by --chat-template")
+            raise UserError(
+                "the row holds messages, but the tokenizer has no chat template; give one by --chat-template"
+            )
         first = 0 if loss_on in ("assistant", "last-assistant") else len(prompt)
         turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
         turns = None if loss_on == "all" else turns[-1:] if loss_on == "last-assistant" else turns
@@ -358,7 +419,9 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
         for column in ("prompt", "completion"):
             if not isinstance(row.get(column), str) or (column == "completion" and not row[column]):
                 found = json.dumps(row.get(column))[:60]
-                raise UserError(f"`{column}` is {found}, not a non-empty string (or both columns must hold messages)")
+                raise UserError(
+                    f"`{column}` is {found}, not a non-empty string (or both columns must hold messages)"
+                )
         ids, mask = encode_text(tokenizer, row["prompt"], row["completion"])
         applicable, mask = ("completion", "all"), mask if loss_on != "all" else [True] * len(ids)
     elif "text" in present:
@@ -367,18 +430,28 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
         ids, mask = encode_text(tokenizer, "", row["text"])
         applicable = ("all",)
     else:
-        raise UserError(f"every one of the columns {', '.join(SFT_COLUMNS)} is empty; fill one of them or remove the row")
+        raise UserError(
+            f"every one of the columns {', '.join(SFT_COLUMNS)} is empty; fill one of them or remove the row"
+        )
     if loss_on not in ("auto", *applicable):
-        raise UserError(f"--loss-on {loss_on} does not apply to this kind of row; use {' or '.join(('auto', *applicable))}")
+        raise UserError(
+            f"--loss-on {loss_on} does not apply to this kind of row; use {' or '.join(('auto', *applicable))}"
+        )
 
     dropped = ""
     if len(ids) > max_length:
         if overflow == "error":
-            raise UserError(f"the row has {len(ids)} tokens, more than --max-length {max_length}; raise it or use --overflow drop")
+            raise UserError(
+                f"the row has {len(ids)} tokens, more than --max-length {max_length}; raise it or use --overflow drop"
+            )
         dropped = f"longer than --max-length {max_length}" if overflow == "drop" else ""
         ids, mask = ids[:max_length], mask[:max_length]
     if not dropped and not any(mask[1:]):
-        dropped = "nothing to train" if len(ids) < max_length else f"nothing to train within --max-length {max_length}"
+        dropped = (
+            "nothing to train"
+            if len(ids) < max_length
+            else f"nothing to train within --max-length {max_length}"
+        )
     if dropped:
         ids, mask = [], []
     mask = [False, *mask[1:]] if mask else []
@@ -386,14 +459,19 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
 
 
 def encode_tokenized(row, vocab_size):
-    """A row of `input_ids` and, optionally, `labels` (the same ids, or -100 where nothing is trained) -> ids, mask."""
+    """A row of `input_ids` and, optionally, `labels` (the same ids, or -100 where nothing is trained) -> ids,
+    mask."""
     ids, labels = row["input_ids"], row.get("labels")
     labels = ids if labels is None else labels
     if not ids or not all(isinstance(token, int) for token in [*ids, *labels]):
         raise UserError("`input_ids` and `labels` must be non-empty lists of integers")
     if vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UserError(f"`input_ids` has an id outside the model's vocabulary of {vocab_size}: {min(ids)} or {max(ids)}")
-    if len(labels) != len(ids) or any(label not in (token, IGNORE) for token, label in zip(ids, labels, strict=False)):
+        raise UserError(
+            f"`input_ids` has an id outside the model's vocabulary of {vocab_size}: {min(ids)} or {max(ids)}"
+        )
+    if len(labels) != len(ids) or any(
+        label not in (token, IGNORE) for token, label in zip(ids, labels, strict=False)
+    ):
         raise UserError("`labels` must repeat `input_ids`, unshifted, with -100 where nothing is trained")
     return ids, [label != IGNORE for label in labels]
 
@@ -404,23 +482,29 @@ PREPARE_DEADLINE_H = 12
 
 
 def prepare_data(sources, encode, columns, tokenizer, config=None, split="train", seed=0):
-    """Tokenize the rows of one or several datasets, in parallel, cached by `datasets` under an explicit fingerprint.
+    """Tokenize the rows of one or several datasets, in parallel, cached by `datasets` under an explicit
+    fingerprint.
 
-    sources: what --dataset holds. encode: row -> columns and "dropped" (a functools.partial whose arguments are part of
-    the fingerprint). columns: those a row must have one of.
-    Returns the rows to train, with the columns of `encode`, `source` and `row`, and the report: a dict of counts.
-    Call it before init_process_group: one process of a machine does the work while the others wait for its lock.
-    Raises UserError that names the first bad rows.
+    sources: what --dataset holds. encode: row -> columns and "dropped" (a functools.partial whose arguments
+    are part of the fingerprint). columns: those a row must have one of. Returns the rows to train, with the
+    columns of `encode`, `source` and `row`, and the report: a dict of counts. Call it before
+    init_process_group: one process of a machine does the work while the others wait for its lock. Raises
+    UserError that names the first bad rows.
     """
     parts, report = [], {"rows": 0, "dropped": Counter(), "ignored_columns": set()}
     for number, (path, weight) in enumerate(map(parse_source, sources)):
-        lock = Path(datasets.config.HF_DATASETS_CACHE) / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.prepare.lock"
+        lock = (
+            Path(datasets.config.HF_DATASETS_CACHE)
+            / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.prepare.lock"
+        )
         with wait_for_lock(lock, f"tokenize {path}"):
             rows = read_rows(path, config, split)
             if not len(rows):
                 raise UserError(f"dataset {path} is empty")
             if not set(rows.column_names) & set(columns):
-                raise UserError(f"dataset {path} has the columns {rows.column_names}; one of {', '.join(columns)} is needed")
+                raise UserError(
+                    f"dataset {path} has the columns {rows.column_names}; one of {', '.join(columns)} is needed"
+                )
             encoded = rows.map(
                 functools.partial(encode_row, encode=encode),
                 with_indices=True,
@@ -432,7 +516,9 @@ def prepare_data(sources, encode, columns, tokenizer, config=None, split="train"
         bad = [(row, error) for row, error in zip(encoded["row"], encoded["error"], strict=True) if error]
         if bad:
             lines = "\n".join(f"  row {row}: {error}" for row, error in bad[:5])
-            raise UserError(f"dataset {path}: {len(bad)} of {len(rows)} rows cannot be used (rows count from 1):\n{lines}")
+            raise UserError(
+                f"dataset {path}: {len(bad)} of {len(rows)} rows cannot be used (rows count from 1):\n{lines}"
+            )
         dropped = encoded["dropped"]
         report["rows"] += len(encoded)
         report["dropped"] += Counter(reason for reason in dropped if reason)
@@ -444,7 +530,9 @@ def prepare_data(sources, encode, columns, tokenizer, config=None, split="train"
         parts.append(part.add_column("source", [path] * len(part)))
     data = datasets.concatenate_datasets(parts)
     if not len(data):
-        raise UserError(f"no row is left to train of {report['rows']} in {', '.join(sources)}: {dict(report['dropped'])}")
+        raise UserError(
+            f"no row is left to train of {report['rows']} in {', '.join(sources)}: {dict(report['dropped'])}"
+        )
     return data, report
 
 
@@ -457,10 +545,19 @@ def encode_row(row, index, encode):
 
 
 def fingerprint(rows, encode, tokenizer):
-    """What the tokenized rows depend on: the rows, the tokenizer with its template, the encoder's arguments, this code."""
+    """What the tokenized rows depend on: the rows, the tokenizer with its template, the encoder's arguments,
+    this code."""
     arguments = {key: value for key, value in encode.keywords.items() if key != "tokenizer"}
-    parts = [rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, arguments, encode.func.__name__]
-    return hashlib.sha256((repr(parts) + Path(__file__).read_text(encoding="utf-8")).encode()).hexdigest()[:32]
+    parts = [
+        rows._fingerprint,
+        tokenizer.backend_tokenizer.to_str(),
+        tokenizer.chat_template,
+        arguments,
+        encode.func.__name__,
+    ]
+    return hashlib.sha256((repr(parts) + Path(__file__).read_text(encoding="utf-8")).encode()).hexdigest()[
+        :32
+    ]
 
 
 def wait_for_lock(path, purpose):
@@ -472,7 +569,9 @@ def wait_for_lock(path, purpose):
             return lock.acquire(timeout=30)
         except Timeout:
             print(f"waiting for another process to {purpose} ({waited + 30} s; lock {path})", flush=True)
-    raise UserError(f"waited {PREPARE_DEADLINE_H} hours for another process to {purpose}; remove {path} if none runs")
+    raise UserError(
+        f"waited {PREPARE_DEADLINE_H} hours for another process to {purpose}; remove {path} if none runs"
+    )
 
 
 def mark_trained(tokenizer, ids, mask):
@@ -490,8 +589,9 @@ def mark_trained(tokenizer, ids, mask):
 def split_batch(lengths, world_size, budget, alone=False):
     """Cut a step's documents into micro-batches: plan[rank][micro-batch] -> indices into `lengths`.
 
-    Every rank has the same number of micro-batches (some may be empty), none above `budget` tokens, all about as long:
-    the longest document first into the shortest micro-batch (LPT), with as few as fit. `alone` gives each its own.
+    Every rank has the same number of micro-batches (some may be empty), none above `budget` tokens, all about
+    as long: the longest document first into the shortest micro-batch (LPT), with as few as fit. `alone` gives
+    each its own.
     """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     assert lengths[order[0]] <= budget, "checked before training"
@@ -510,8 +610,9 @@ def split_batch(lengths, world_size, budget, alone=False):
 
 @dataclass
 class MicroBatch:
-    """Documents in one row. `inputs` are the model's arguments; `positions_N`, `labels_N` the positions that are trained
-    and the token each predicts; `documents_N` the document (counted from 0) that each belongs to."""
+    """Documents in one row. `inputs` are the model's arguments; `positions_N`, `labels_N` the positions that
+    are trained and the token each predicts; `documents_N` the document (counted from 0) that each belongs
+    to."""
 
     inputs: dict
     positions_N: torch.Tensor
@@ -521,7 +622,8 @@ class MicroBatch:
 
 
 def collate(documents, device="cpu"):
-    """[(ids, loss mask), ...] -> MicroBatch. No documents: one that trains nothing, so that every rank runs a forward."""
+    """[(ids, loss mask), ...] -> MicroBatch. No documents: one that trains nothing, so that every rank runs a
+    forward."""
     real = sum(len(ids) for ids, _ in documents)
     documents = documents or [(np.zeros(2, np.int64), np.zeros(2, bool))]
     lengths = [len(ids) for ids, _ in documents]
@@ -532,11 +634,17 @@ def collate(documents, device="cpu"):
     targets_N = mask_T.nonzero().squeeze(1)
     lengths_B = torch.tensor(lengths)
     documents_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths_B)
-    positions_T = torch.arange(len(ids_T)) - torch.repeat_interleave(torch.from_numpy(ends - lengths), lengths_B)
+    positions_T = torch.arange(len(ids_T)) - torch.repeat_interleave(
+        torch.from_numpy(ends - lengths), lengths_B
+    )
     cu_seqlens = F.pad(lengths_B.cumsum(0), (1, 0)).to(device, torch.int32)
 
     def to_device(tensor):
-        return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
+        return (
+            tensor.pin_memory().to(device, non_blocking=True)
+            if torch.device(device).type == "cuda"
+            else tensor
+        )
 
     return MicroBatch(
         inputs={
@@ -565,8 +673,9 @@ LONG_DOCUMENT = 256  # tokens from which a document's attention is one call of i
 def group_documents(lengths):
     """Documents of similar length, to be attended in one batched call each on CPU (many tiny calls are slow).
 
-    Returns [(rows (n, L) of token indices, each padded at its end by its last token)], and the index that puts the
-    flattened outputs of all groups back into the packed order. Causality keeps padding at the end from being seen.
+    Returns [(rows (n, L) of token indices, each padded at its end by its last token)], and the index that
+    puts the flattened outputs of all groups back into the packed order. Causality keeps padding at the end
+    from being seen.
     """
     ends, groups = np.cumsum(lengths), []
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -593,16 +702,21 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
     """Causal attention within each document of a packed row: transformers' attention function "varlen".
 
     query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D), None. Without `cu_seq_lens_q`, as when
-    transformers itself generates, it is transformers' SDPA. Soft-capped scores and attention sinks are refused.
+    transformers itself generates, it is transformers' SDPA. Soft-capped scores and attention sinks are
+    refused.
     """
     if softcap is not None or s_aux is not None:
-        raise UserError("this model soft-caps attention or uses sinks, which varlen lacks; use --attention eager")
+        raise UserError(
+            "this model soft-caps attention or uses sinks, which varlen lacks; use --attention eager"
+        )
     if cu_seq_lens_q is None or attention_mask is not None:
         if sliding_window is not None and attention_mask is None and key.shape[2] > sliding_window:
             last = torch.arange(key.shape[2] - query.shape[2], key.shape[2], device=key.device)[:, None]
             seen = torch.arange(key.shape[2], device=key.device)
             attention_mask = ((seen <= last) & (seen > last - sliding_window))[None, None]
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
     query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # CUDA only
@@ -629,19 +743,25 @@ def grouped_attention(query_THD, key_THD, value_THD, scaling, sliding_window, ro
             qkv = [tensor[None, start : start + length] for tensor in (query_THD, key_THD, value_THD)]
         else:
             index = rows_GL.flatten()
-            qkv = [tensor.index_select(0, index).unflatten(0, (n, length)) for tensor in (query_THD, key_THD, value_THD)]
+            qkv = [
+                tensor.index_select(0, index).unflatten(0, (n, length))
+                for tensor in (query_THD, key_THD, value_THD)
+            ]
         q, k, v = (tensor.transpose(1, 2) for tensor in qkv)
         mask = None
         if sliding_window is not None and length > sliding_window:
             mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - sliding_window)
         gqa = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+        )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, back)
 
 
 def varlen_mask(*args, attention_mask=None, **kwargs):
-    """No mask tensor for packed rows: `varlen_attention` knows the documents. A padded batch gets SDPA's mask."""
+    """No mask tensor for packed rows: `varlen_attention` knows the documents. A padded batch gets SDPA's
+    mask."""
     return None if attention_mask is None else sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 

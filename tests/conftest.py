@@ -48,5 +48,10 @@ def run(script, *flags, ranks=1, timeout=300):
     """Run a script to its end, one thread a rank -> CompletedProcess with its output as text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command(script, *flags, ranks=ranks), env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        command(script, *flags, ranks=ranks),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )

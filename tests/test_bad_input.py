@@ -1,0 +1,177 @@
+"""What a user gets wrong, and the message it gets: before training, without a traceback, nothing overwritten."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+from conftest import ASSETS, run, write_rows
+from transformers import AutoTokenizer
+
+import sft
+from common import UserError
+
+GOOD = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}] * 8
+
+
+def messages(*pairs):
+    return [{"messages": [{"role": role, "content": content} for role, content in pairs]}]
+
+
+USER = ("user", "a")
+
+ROWS = {  # rows of a .jsonl file -> the message
+    "unknown columns": ([{"question": "a", "answer": "b"}], r"has the columns \['question', 'answer'\]; one of input_ids"),
+    "all columns empty": ([{"text": None, "id": 1}], r"row 1: every one of the columns .* is empty"),
+    "content is a number": (messages(USER, ("assistant", 3)), r"row 1: `messages\[1\]` \(assistant\) has content of type int"),
+    "content is missing": ([{"messages": [{"role": "user"}]}], r"`messages\[0\]` \(user\) has content of type NoneType"),
+    "unknown role": (messages(("robot", "a")), r"has the role 'robot'; roles are system, developer, user, assistant, tool"),
+    "messages is text": ([{"messages": "hello"}], r"`messages` is \"hello\", not a non-empty list"),
+    "messages is empty": ([{"messages": []}, *GOOD], r"row 1: `messages` is \[\], not a non-empty list"),
+    "a message is text": ([{"messages": ["a"]}], r"`messages\[0\]` is \"a\", not an object with `role`"),
+    "empty answer": (messages(USER, ("assistant", " ")), r"`messages\[1\]` is an empty assistant turn; remove it"),
+    "image part": (messages(("user", [{"type": "image"}])), r"`messages\[0\]` holds an image; images are not supported"),
+    "image column": ([{"images": ["x.png"], "text": "a"}], r"row 1: the row has images, which are not supported"),
+    "parts": (messages(("user", [{"type": "text", "text": "a"}])), r"has content of type list; make it one string"),
+    "prompt without completion": ([{"prompt": "a", "completion": None}], r"`completion` is null, not a non-empty string"),
+    "empty completion": ([{"prompt": "a", "completion": ""}], r"`completion` is \"\", not a non-empty string"),
+    "completion of another kind": ([{"prompt": GOOD[0]["messages"], "completion": "b"}], r"`completion` is \"b\", not a non-empty list"),
+    "empty text": ([{"text": ""}], r"`text` is \"\", not a non-empty string"),
+    "ids beyond the vocabulary": ([{"input_ids": [1, 512]}], r"has an id outside the model's vocabulary of 512: 1 or 512"),
+    "labels of another length": ([{"input_ids": [1, 2], "labels": [1]}], r"`labels` must repeat `input_ids`, unshifted"),
+    "shifted labels": ([{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}], r"`labels` must repeat `input_ids`, unshifted"),
+    "tools are not JSON": ([{**GOOD[0], "tools": "look_up"}], r"`tools` is text but not JSON"),
+    "tools is an object": ([{**GOOD[0], "tools": '{"a": 1}'}], r"`tools` is of type dict, not list"),
+    "tool call without name": ([{"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}], r"a tool call without a function name"),
+    "end of turn in an answer": (messages(USER, ("assistant", "b<|im_end|>")), r"contains <\|im_end\|>, which the template adds"),
+    "nothing to train": (messages(USER), r"no row is left to train of 1 in .*: \{'nothing to train': 1\}"),
+    "all too long": (messages(USER, ("assistant", "word " * 3000)), r"\{'longer than --max-length 2048': 1\}"),
+}  # fmt: skip
+
+FLAGS = {  # flags -> the message
+    "no such file": ({"dataset": ("nowhere.jsonl",)}, r"dataset nowhere.jsonl: no such file or directory"),
+    "no such eval file": ({"eval_dataset": ("./nowhere",)}, r"dataset ./nowhere: no such file or directory"),
+    "unknown file type": ({"dataset": (str(ASSETS / "make_assets.py"),)}, r"the file type must be one of .jsonl, .json"),
+    "no dataset": ({"dataset": ()}, r"--dataset is empty"),
+    "weight of zero": ({"dataset": ("a:0",)}, r"a weight must be above 0"),
+    "no such hub dataset": ({"dataset": ("nobody/nothing",)}, r"dataset nobody/nothing .* cannot be read"),
+    "no such model": ({"model": "./nowhere"}, r"--model ./nowhere: its config cannot be loaded"),
+    "batch size 0": ({"batch_size": 0}, r"--batch-size is 0; it must be above 0"),
+    "learning rate not a number": ({"learning_rate": float("nan")}, r"--learning-rate is nan; it must be above 0"),
+    "negative weight decay": ({"weight_decay": -1.0}, r"--weight-decay is -1.0; it must be 0 or more"),
+    "beta of one": ({"adam_beta2": 1.0}, r"--adam-beta2 is 1.0; it must be at least 0 and below 1"),
+    "warm-up beyond the end": ({"max_steps": 5, "warmup_steps": 5}, r"--warmup-steps 5 leaves nothing of the 5 steps"),
+    "over the context": ({"max_length": 4096}, r"--max-length 4096 is above the model's context of 2048 tokens"),
+    "over the micro-batch": ({"micro_batch_tokens": 8}, r"row \d+ of .* has \d+ tokens, .* the smallest value that works is"),
+    "LoRA flag without LoRA": ({"lora_alpha": 8.0}, r"--lora-alpha needs adapters: add --lora-rank 16"),
+    "4 bits without LoRA": ({"load_in_4bit": True}, r"--load-in-4bit needs adapters"),
+    "LoRA on the head": ({"lora_rank": 4, "lora_targets": ("lm_head",)}, r"--lora-targets lm_head is refused"),
+    "no such LoRA target": ({"lora_rank": 4, "lora_targets": ("c_attn",)}, r"--lora-targets c_attn: .* The model has down_proj, "),
+    "resume of nothing": ({"resume": True}, r"--resume needs --output-dir"),
+    "smoothing of dft": ({"loss_type": "dft", "label_smoothing": 0.1}, r"--label-smoothing applies to --loss-type nll only"),
+    "router loss without experts": ({"router_aux_loss_coef": 0.1}, r"--router-aux-loss-coef needs a mixture of experts"),
+    "no such template": ({"chat_template": "nowhere.jinja"}, r"--chat-template nowhere.jinja: no such file"),
+    "no such attention": ({"attention": "magic"}, r"cannot be loaded with --attention magic"),
+    "loss on what is not there": ({"loss_on": "completion"}, r"--loss-on completion does not apply to this kind of row; use auto or assistant"),
+    "config of a local file": ({"dataset_config": "en"}, r"--dataset-config en applies to hub datasets only"),
+}  # fmt: skip
+
+
+def message_of(tmp_path, **flags):
+    output_dir = tmp_path / "run"
+    flags = {"eval_dataset": (), "wandb": "disabled", "max_steps": 1, **flags}
+    with pytest.raises(UserError) as error:
+        sft.main(replace(sft.Args(output_dir=None if flags.get("resume") else str(output_dir)), **flags))
+    assert not output_dir.exists(), "something was written"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bad_rows(tmp_path, name):
+    rows, expected = ROWS[name]
+    message = message_of(tmp_path, dataset=(write_rows(tmp_path / "rows.jsonl", rows),))
+    assert re.search(expected, message), message
+    assert "rows.jsonl" in message
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_bad_flags(tmp_path, name):
+    flags, expected = FLAGS[name]
+    message = message_of(tmp_path, **flags)
+    assert re.search(expected, message), message
+
+
+def test_bad_files(tmp_path):
+    (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD[0]) + "\n{'text': 1}\n")
+    assert "row 2 is not JSON" in message_of(tmp_path, dataset=(str(tmp_path / "broken.jsonl"),))
+    (tmp_path / "list.jsonl").write_text("[1, 2]\n")
+    assert "row 1 is a JSON list" in message_of(tmp_path, dataset=(str(tmp_path / "list.jsonl"),))
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl is empty" in message_of(tmp_path, dataset=(str(tmp_path / "empty.jsonl"),))
+
+
+def test_templates_that_cannot_be_used(tmp_path):
+    for template, expected in (
+        ("{{ raise_exception('no system role') }}", "refuses these messages: no system role"),
+        ("{% for %}", "refuses these messages"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "not with a special token"),
+    ):
+        (tmp_path / "template.jinja").write_text(template)
+        assert expected in message_of(tmp_path, chat_template=str(tmp_path / "template.jinja"))
+
+
+def test_models_that_cannot_be_used(tmp_path):
+    shutil.copytree(ASSETS / "model", tmp_path / "large")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "large")
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(tmp_path / "large")
+    assert "ids up to 512, but the model's vocabulary is 512" in message_of(
+        tmp_path, model=str(tmp_path / "large")
+    )
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert "is a LoRA adapter" in message_of(tmp_path, model=str(tmp_path / "adapter"))
+    shutil.copytree(ASSETS / "model", tmp_path / "no_template")
+    (tmp_path / "no_template" / "chat_template.jinja").unlink()
+    assert "give one by --chat-template" in message_of(tmp_path, model=str(tmp_path / "no_template"))
+
+
+def test_a_batch_smaller_than_the_world(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "--batch-size 2 is below the number of ranks, 4" in message_of(tmp_path, batch_size=2)
+
+
+def test_an_output_directory_that_holds_another_run(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", GOOD)
+    flags = {"dataset": (rows,), "eval_dataset": (), "wandb": "disabled", "max_steps": 2, "save_every": 1}
+    args = replace(sft.Args(output_dir=str(tmp_path / "run")), **flags)
+    sft.main(args)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for change, expected in (
+        ({}, "holds a run already; add --resume"),
+        (
+            {"resume": True, "learning_rate": 0.5, "seed": 3},
+            "--learning-rate was 0.001, is 0.5\n  --seed was 0, is 3",
+        ),
+        (
+            {"resume": True, "dataset": (write_rows(tmp_path / "rows.jsonl", GOOD[:4]),)},
+            "the data that .* was begun with has changed",
+        ),
+    ):
+        with pytest.raises(UserError, match=expected):
+            sft.main(replace(args, **change))
+        sft.dist.destroy_process_group() if sft.dist.is_initialized() else None
+        assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_exit_codes_and_messages_of_the_command(tmp_path):
+    wrong = run("sft.py", "--dataset", "nowhere.jsonl")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: dataset nowhere.jsonl: no such file")
+    assert "Traceback" not in wrong.stderr
+    for flags in (("--learnin-rate", "1"), ("--batch-size", "many"), ("--loss-type", "mse")):
+        unparsable = run("sft.py", *flags)
+        assert unparsable.returncode == 2
+        assert "Traceback" not in unparsable.stderr
