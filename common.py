@@ -1,7 +1,7 @@
 """What the scripts share: tokenization.  (Rewards, rollout engines and weight sync join it with the RL
 scripts.)
 
-    dataset row --encode_sft--> ids, loss mask --split_batch--> micro-batches --collate--> MicroBatch --varlen_attention--> model
+    row --encode_sft--> ids, loss mask --split_batch--> micro-batches --collate--> MicroBatch --> model
 
 Shape legend: T packed tokens of a micro-batch, N trained positions in it (targets), H heads, D head size.
 Alignment: `labels_T[t]` is the token that position t predicts, `ids_T[t + 1]`, or IGNORE where nothing is
@@ -40,11 +40,11 @@ class UserError(ValueError):
     """Wrong input, told in one message that names what was found, where, and the remedy."""
 
 
-# ======================================================================================================================
+# ============================================================================================================
 # 1. Tokenization
-# ======================================================================================================================
+# ============================================================================================================
 
-# ---- Reading rows ----------------------------------------------------------------------------------------------------
+# ---- Reading rows ------------------------------------------------------------------------------------------
 
 FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
@@ -69,6 +69,8 @@ def read_rows(path, config=None, split="train"):
         raise UserError(f"dataset {path}: no such file or directory (looked from {Path.cwd()})")
     if location.is_file() and not is_file:
         raise UserError(f"dataset {path}: the file type must be one of {', '.join(FILE_TYPES)}")
+    if location.is_file() and location.stat().st_size == 0:
+        raise UserError(f"dataset {path} is empty")
     try:
         if is_file:
             options = {}
@@ -94,19 +96,15 @@ def read_rows(path, config=None, split="train"):
 
 
 def name_bad_line(path):
-    """Raise a UserError that names the first line of a .jsonl file that is not a JSON object."""
+    """Raise a UserError that names the first line of a .jsonl file that is not JSON."""
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line) if line.strip() else {}
+                json.loads(line.strip() or "{}")
             except json.JSONDecodeError as error:
                 raise UserError(
-                    f"dataset {path}: row {number} is not JSON ({error}); fix or remove that line"
+                    f"dataset {path}: row {number} is not JSON ({error}); fix or remove it"
                 ) from error
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"dataset {path}: row {number} is a JSON {type(row).__name__}, not an object of columns"
-                )
 
 
 def load_tokenizer(model, chat_template=None, trust_remote_code=False):
@@ -129,7 +127,7 @@ def load_tokenizer(model, chat_template=None, trust_remote_code=False):
     return tokenizer
 
 
-# ---- Validating rows -------------------------------------------------------------------------------------------------
+# ---- Validating rows ---------------------------------------------------------------------------------------
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
@@ -207,7 +205,7 @@ def read_json_column(row, column, kind):
     return drop_none(value) or None
 
 
-# ---- Chat templates and loss masks -----------------------------------------------------------------------------------
+# ---- Chat templates and loss masks -------------------------------------------------------------------------
 
 
 def encode_messages(tokenizer, messages, turns=None, tools=None, template_kwargs=None):
@@ -345,8 +343,8 @@ def end_of_turn(render, special, messages):
         endings.append(re.findall(special, re.search(rf"(?:(?:{special})\s*)*$", rendered).group()))
     if not endings[1]:
         raise UserError(
-            f"the chat template ends an assistant turn with {rendered[-12:]!r}, not with a special token, so that a "
-            "model could not learn to stop; add eos_token after the assistant's content in a file for --chat-template"
+            f"the chat template ends an assistant turn with {rendered[-12:]!r}, not with a special token: "
+            "no model could learn to stop; add eos_token after the assistant's content by --chat-template"
         )
     return endings[0][0] if endings[0] and endings[0][0] in endings[1] else endings[1][-1]
 
@@ -433,16 +431,15 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
         raise UserError(
             f"every one of the columns {', '.join(SFT_COLUMNS)} is empty; fill one of them or remove the row"
         )
-    if loss_on not in ("auto", *applicable):
-        raise UserError(
-            f"--loss-on {loss_on} does not apply to this kind of row; use {' or '.join(('auto', *applicable))}"
-        )
+    allowed = ("auto", *applicable)
+    if loss_on not in allowed:
+        raise UserError(f"--loss-on {loss_on} does not apply to this kind of row; use {' or '.join(allowed)}")
 
     dropped = ""
     if len(ids) > max_length:
         if overflow == "error":
             raise UserError(
-                f"the row has {len(ids)} tokens, more than --max-length {max_length}; raise it or use --overflow drop"
+                f"the row has {len(ids)} tokens, more than --max-length {max_length}; use --overflow drop"
             )
         dropped = f"longer than --max-length {max_length}" if overflow == "drop" else ""
         ids, mask = ids[:max_length], mask[:max_length]
@@ -476,7 +473,7 @@ def encode_tokenized(row, vocab_size):
     return ids, [label != IGNORE for label in labels]
 
 
-# ---- Preparing a dataset ---------------------------------------------------------------------------------------------
+# ---- Preparing a dataset -----------------------------------------------------------------------------------
 
 PREPARE_DEADLINE_H = 12
 
@@ -503,7 +500,7 @@ def prepare_data(sources, encode, columns, tokenizer, config=None, split="train"
                 raise UserError(f"dataset {path} is empty")
             if not set(rows.column_names) & set(columns):
                 raise UserError(
-                    f"dataset {path} has the columns {rows.column_names}; one of {', '.join(columns)} is needed"
+                    f"dataset {path} has columns {rows.column_names}; it needs one of {', '.join(columns)}"
                 )
             encoded = rows.map(
                 functools.partial(encode_row, encode=encode),
@@ -583,7 +580,7 @@ def mark_trained(tokenizer, ids, mask):
     return text
 
 
-# ---- Packing ---------------------------------------------------------------------------------------------------------
+# ---- Packing -----------------------------------------------------------------------------------------------
 
 
 def split_batch(lengths, world_size, budget, alone=False):
@@ -665,7 +662,7 @@ def collate(documents, device="cpu"):
     )
 
 
-# ---- Attention that keeps packed documents apart ---------------------------------------------------------------------
+# ---- Attention that keeps packed documents apart -----------------------------------------------------------
 
 LONG_DOCUMENT = 256  # tokens from which a document's attention is one call of its own on CPU
 
@@ -697,8 +694,22 @@ def group_documents(lengths):
     return rows, torch.from_numpy(back)
 
 
-def varlen_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, sliding_window=None,
-                     softcap=None, s_aux=None, cu_seq_lens_q=None, max_length_q=None, groups=None, **kwargs):  # fmt: skip
+def varlen_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    groups=None,
+    **kwargs,
+):
     """Causal attention within each document of a packed row: transformers' attention function "varlen".
 
     query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D), None. Without `cu_seq_lens_q`, as when
@@ -724,10 +735,9 @@ def varlen_attention(module, query, key, value, attention_mask=None, scaling=Non
         repeats = query.shape[1] // key.shape[1]
         key_THD, value_THD = (tensor.repeat_interleave(repeats, 1) for tensor in (key_THD, value_THD))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        out_THD = varlen_attn(
-            query_THD.contiguous(), key_THD, value_THD, cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q,
-            scale=scaling, window_size=window,
-        )  # fmt: skip
+        bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        qkv = (query_THD.contiguous(), key_THD, value_THD)
+        out_THD = varlen_attn(*qkv, *bounds, scale=scaling, window_size=window)
         return out_THD[None], None
     return grouped_attention(query_THD, key_THD, value_THD, scaling, sliding_window, *groups)[None], None
 

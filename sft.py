@@ -20,10 +20,10 @@ learning_rate; tokens, all tokens so far; tokens_per_second. Held-out: eval/loss
 and eval/exact_match, the share of examples whose every trained token is the arg-max: what greedy decoding
 would reproduce.
 
-    python sft.py                                                    the embedded model and data, on a CPU, two minutes
-    python sft.py --model Qwen/Qwen3-0.6B --dataset chats.jsonl --learning-rate 1e-5          one GPU
-    torchrun --nproc-per-node 8 sft.py --model ... --dataset ...                              one node
-    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft.py ...   several nodes
+CPU:    python sft.py                                (the embedded model and data, in a minute)
+1 GPU:  python sft.py --model Qwen/Qwen3-0.6B --dataset chats.jsonl --learning-rate 1e-5
+1 node: torchrun --nproc-per-node 8 sft.py --model ... --dataset ...
+nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft.py ...
 """
 
 import functools
@@ -77,7 +77,7 @@ from common import (
 
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
 TRAINABLE = StateDictOptions(ignore_frozen_params=True)
-RUN_FLAGS = {  # those that do not change what is learnt (but to rounding), so that a resumed run may change them
+RUN_FLAGS = {  # a resumed run may change these: they do not change what is learnt, but to rounding
     *(
         "output_dir",
         "resume",
@@ -397,7 +397,7 @@ def row_lengths(data, args):
         row = data[int(lengths.argmax())]
         raise UserError(
             f"row {row['row']} of {row['source']} has {lengths.max()} tokens, more than --micro-batch-tokens "
-            f"{args.micro_batch_tokens}; the smallest value that works is {lengths.max()} (or lower --max-length)"
+            f"{args.micro_batch_tokens}; the smallest value that works is {lengths.max()}"
         )
     return lengths
 
@@ -406,9 +406,11 @@ def describe(name, data, report, lengths):
     """Print what is used of a dataset, and why the rest is not."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "none"
     unused = ", ".join(sorted(report["ignored_columns"])) or "none"
-    print(f"{name:<9} {report['rows']} rows, {len(data)} used (dropped: {dropped}; columns not used: {unused}); "
-          f"{lengths.sum()} tokens, {sum(data['num_targets']) / lengths.sum():.1%} trained; longest {lengths.max()}"
-          )  # fmt: skip
+    print(
+        f"{name:<9} {report['rows']} rows, {len(data)} used (dropped: {dropped}; columns not used: {unused})"
+    )
+    share, longest = sum(data["num_targets"]) / lengths.sum(), lengths.max()
+    print(f"{'':<9} {lengths.sum()} tokens, {share:.1%} of them trained; the longest row has {longest}")
 
 
 def ending_ids(data, tokenizer):
@@ -487,8 +489,10 @@ def check_lengths(args, config, tokenizer):
     text, largest = config.get_text_config(), max(tokenizer.get_vocab().values())
     context = getattr(text, "max_position_embeddings", None)
     if largest >= text.vocab_size:
-        raise UserError(f"--model {args.model}: the tokenizer has ids up to {largest}, but the model's vocabulary "
-                        f"is {text.vocab_size}; resize its embeddings, or use its own tokenizer")  # fmt: skip
+        raise UserError(
+            f"--model {args.model}: the tokenizer has ids up to {largest}, but the model's vocabulary is "
+            f"{text.vocab_size}; resize its embeddings, or use its own tokenizer"
+        )
     if args.max_length and context and args.max_length > context:
         raise UserError(f"--max-length {args.max_length} is above the model's context of {context} tokens")
     return args.max_length or context or args.micro_batch_tokens
@@ -607,8 +611,10 @@ def self_check(policy, device, dtype):
     policy.train()
     expected_N = torch.cat(expected)
     if (error := (alone_N - expected_N).abs().max().item()) > tolerance:
-        raise UserError(f"{model.config.model_type}: log-probs from hidden states differ from the model's own by "
-                        f"{error:.3g}: it transforms logits in a way that token_stats lacks. Add it there")  # fmt: skip
+        raise UserError(
+            f"{model.config.model_type}: log-probs from hidden states differ from its own by {error:.3g}; "
+            "it transforms logits in a way that token_stats lacks: add it there"
+        )
     rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
     length_dependent = "longrope" in rope or "dynamic" in rope  # which two short documents do not show
     return (packed_N - expected_N).abs().max().item() <= tolerance and not length_dependent
@@ -669,9 +675,10 @@ def stop_non_finite(step, loss, grad_norm, data, rows, plan, micro_losses):
     names = ", ".join(
         f"{row} of {source}" for row, source in zip(places["row"], places["source"], strict=True)
     )
-    raise UserError(f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; nothing was updated or saved. "
-                    f"Concerned are {len(bad)} rows: {names}{', ...' if len(bad) > 8 else ''}. Look at them, or "
-                    "lower --learning-rate")  # fmt: skip
+    raise UserError(
+        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; nothing was updated. Look at "
+        f"the {len(bad)} rows concerned, or lower --learning-rate: {names}{', ...' if len(bad) > 8 else ''}"
+    )
 
 
 def choose_output_dir(args):
@@ -709,8 +716,10 @@ def save_checkpoint(output_dir, progress, policy, optimizer, keep):
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(path.name for path in complete_checkpoints(output_dir)) or "none"
-        raise UserError(f"the checkpoint of step {progress['step']} cannot be written to {output_dir}: {error}. Is "
-                        f"the disk full? Complete are: {kept}. Free space, then --resume") from error  # fmt: skip
+        raise UserError(
+            f"the checkpoint of step {progress['step']} cannot be written to {output_dir}: {error}. Is the "
+            f"disk full? Complete are: {kept}. Free space, then --resume"
+        ) from error
     if rank == 0:
         for old in complete_checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
@@ -820,9 +829,10 @@ def export(args, output_dir, policy, tokenizer, stop_ids, dtype):
             policy.save_pretrained(final, state_dict=state)
         else:
             model.config.dtype = dtype
-            model.save_pretrained(
-                final, state_dict={name: weight.to(dtype) for name, weight in state.items()}
-            )
+            names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+            tied = names - {name for name, _ in model.named_parameters()}  # saved once, under the first name
+            weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
+            model.save_pretrained(final, state_dict=weights)
         if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
             base = AutoModelForCausalLM.from_pretrained(
                 args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
@@ -969,15 +979,17 @@ def main(args):
             sum(weight.numel() for weight in policy.parameters()),
             sum(p.numel() for p in parameters),
         )
-        print(
-            f"model     {args.model}: {total:,} parameters, {trained:,} trained; {dtype}, {world_size} x {device.type}"
-        )
+        print(f"model     {args.model}: {total:,} parameters, {trained:,} trained")
+        print(f"device    {world_size} x {device.type}, computing in {dtype}")
         describe("train", data, report, lengths)
         if args.eval_dataset:
             describe("held out", eval_data, eval_report, eval_lengths)
-        print(f"steps     {total_steps} of {args.batch_size} examples ({steps_per_epoch} an epoch), rows of up to "
-              f"{args.micro_batch_tokens} tokens{'' if packable else ', one example each: packing is not exact here'}"
-              )  # fmt: skip
+        packing = (
+            f"packed into rows of up to {args.micro_batch_tokens} tokens" if packable else "each in a row"
+        )
+        print(
+            f"steps     {total_steps} of {args.batch_size} examples ({steps_per_epoch} an epoch), {packing}"
+        )
         example = data[0]
         print(f"example   row {example['row']} of {example['source']}; what is trained stands in [[ ]]:\n"
               f"{mark_trained(tokenizer, example['input_ids'], example['loss_mask'])}")  # fmt: skip
@@ -986,22 +998,17 @@ def main(args):
     stop_ids, data = ending_ids(data, tokenizer), data.with_format("numpy", ["input_ids", "loss_mask"])
     if args.eval_dataset:
         eval_data = eval_data.with_format("numpy", ["input_ids", "loss_mask"])
-        eval_plan = split_batch(
-            eval_lengths.tolist(), world_size, args.micro_batch_tokens, alone=not packable
-        )
-    bar = tqdm(
-        total=total_steps, initial=progress["step"], disable=rank != 0, unit="step", dynamic_ncols=True
-    )
+        eval_plan = split_batch(eval_lengths.tolist(), world_size, args.micro_batch_tokens, not packable)
+    bar = tqdm(total=total_steps, initial=progress["step"], disable=rank != 0, unit="step")
 
     def evaluate_when_due(step):
         due = step in (0, total_steps) or (args.eval_every and step % args.eval_every == 0)
-        if args.eval_dataset and due and any_rank(rank == 0 and step not in log.evals):
-            if metrics := evaluate(policy, eval_data, eval_plan, device, caught_signals):
-                log.evals[step] = metrics
-                log.write({"step": step, **metrics})
-                bar.write(
-                    f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-                )
+        if not args.eval_dataset or not due or any_rank(step in log.evals):
+            return
+        if metrics := evaluate(policy, eval_data, eval_plan, device, caught_signals):
+            log.evals[step] = metrics
+            log.write({"step": step, **metrics})
+            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
 
@@ -1011,12 +1018,11 @@ def main(args):
         torch.manual_seed(hash((args.seed, step, rank)) % 2**63)  # a step draws the same, resumed or not
         epoch, first = step // steps_per_epoch, step % steps_per_epoch * args.batch_size
         rows = epoch_order(len(data), args.seed, epoch)[first : first + args.batch_size]
-        plan = split_batch(lengths[rows].tolist(), world_size, args.micro_batch_tokens, alone=not packable)
+        plan = split_batch(lengths[rows].tolist(), world_size, args.micro_batch_tokens, not packable)
         step_targets, step_tokens = int(num_targets[rows].sum()), int(lengths[rows].sum())  # over all ranks
+        learning_rate = args.learning_rate * lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
         for group in optimizer.param_groups:
-            group["lr"] = args.learning_rate * lr_factor(
-                step, total_steps, args.warmup_steps, args.lr_schedule
-            )
+            group["lr"] = learning_rate
 
         # ---- Forward and backward, micro-batch by micro-batch ----
         sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, entropy, arg-max hits, aux loss
@@ -1076,8 +1082,8 @@ def main(args):
         if progress["step"]:
             save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints)
         if rank == 0:
-            print(f"stopped by a signal after step {progress['step']} of {total_steps}, which is saved. To go on, give "
-                  f"the same flags with --output-dir {output_dir} --resume")  # fmt: skip
+            print(f"stopped by a signal after step {progress['step']} of {total_steps}, which is saved")
+            print(f"to go on, give the same flags with --output-dir {output_dir} --resume")
     else:
         final = export(args, output_dir, policy, tokenizer, stop_ids, dtype)
         if rank == 0:

@@ -22,7 +22,7 @@ def messages(*pairs):
 USER = ("user", "a")
 
 ROWS = {  # rows of a .jsonl file -> the message
-    "unknown columns": ([{"question": "a", "answer": "b"}], r"has the columns \['question', 'answer'\]; one of input_ids"),
+    "unknown columns": ([{"question": "a", "answer": "b"}], r"has columns \['question', 'answer'\]; it needs one of input_ids"),
     "all columns empty": ([{"text": None, "id": 1}], r"row 1: every one of the columns .* is empty"),
     "content is a number": (messages(USER, ("assistant", 3)), r"row 1: `messages\[1\]` \(assistant\) has content of type int"),
     "content is missing": ([{"messages": [{"role": "user"}]}], r"`messages\[0\]` \(user\) has content of type NoneType"),
@@ -106,7 +106,9 @@ def test_bad_files(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD[0]) + "\n{'text': 1}\n")
     assert "row 2 is not JSON" in message_of(tmp_path, dataset=(str(tmp_path / "broken.jsonl"),))
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
-    assert "row 1 is a JSON list" in message_of(tmp_path, dataset=(str(tmp_path / "list.jsonl"),))
+    assert "row 1: `text` is 1, not a non-empty string" in message_of(
+        tmp_path, dataset=(str(tmp_path / "list.jsonl"),)
+    )
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl is empty" in message_of(tmp_path, dataset=(str(tmp_path / "empty.jsonl"),))
 

@@ -150,7 +150,8 @@ def test_loss_curve_equals_that_of_trl(tmp_path, ragged, loss_type):
 
 def test_micro_batches_do_not_change_the_curve(tmp_path, ragged):
     whole = train(tmp_path / "whole", dataset=ragged, max_steps=5, label_smoothing=0.1)
-    for tokens in (101, 250):  # 101 is the longest conversation: one or two documents a row
+    longest = max(len(row["input_ids"]) for row in encoded(ragged))
+    for tokens in (longest, 250):  # one or two documents a row, and more
         cut = train(
             tmp_path / str(tokens),
             dataset=ragged,
@@ -251,7 +252,7 @@ def test_resume_on_another_number_of_ranks_keeps_the_curve(tmp_path, ragged, bef
     subprocess.run(["pkill", "-9", "-f", str(tmp_path / "moved")], check=False)
     result = run("sft.py", *flags_of(output_dir=tmp_path / "moved", resume=True, **flags), ranks=after)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "resuming after step 6" in result.stdout
+    assert "resuming after step 6," in result.stdout
     assert_same_curve(read_metrics(tmp_path / "moved"), expected, rtol=1e-3)
 
 
@@ -314,7 +315,7 @@ def test_full_disk_leaves_the_previous_checkpoint_and_an_error(tmp_path, ragged)
     output, _ = limited.communicate(timeout=120)
     assert limited.returncode == 1
     assert "the checkpoint of step 4 cannot be written" in output
-    assert "Complete checkpoints: checkpoint-00000002" in output
+    assert "Complete are: checkpoint-00000002" in output
     assert "Traceback" not in output
     assert [path.name for path in (tmp_path / "run2").glob("*checkpoint*")] == ["checkpoint-00000002"]
     resumed = run(
@@ -322,7 +323,7 @@ def test_full_disk_leaves_the_previous_checkpoint_and_an_error(tmp_path, ragged)
         *flags_of(output_dir=tmp_path / "run2", dataset=(ragged,), max_steps=4, save_every=2, resume=True),
     )
     assert resumed.returncode == 0
-    assert "resuming after step 2" in resumed.stdout
+    assert "resuming after step 2," in resumed.stdout
 
 
 @pytest.mark.parametrize("bad", [1, 3])
@@ -334,7 +335,9 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path, ra
         return real(logps_N, *rest) * (float("nan") if len(calls) == bad else 1.0)
 
     monkeypatch.setattr(sft, "sft_loss", poisoned)
-    with pytest.raises(UserError, match=rf"step {bad}: the loss is nan.*8 rows: \d+ of .*ragged.jsonl"):
+    with pytest.raises(
+        UserError, match=rf"step {bad}: the loss is nan.*the 8 rows concerned.*: \d+ of .*ragged.jsonl"
+    ):
         train(tmp_path / "run", dataset=ragged, save_every=1)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, bad))
     assert len(sft.complete_checkpoints(tmp_path / "run")) == min(bad - 1, 2)
@@ -380,14 +383,10 @@ def test_final_gives_the_logits_of_the_trained_policy(tmp_path, ragged, kind, mo
     torch.testing.assert_close(found, kept["logits"], rtol=1e-5, atol=1e-4 if lora else 1e-6)
     assert (found - before).abs().max() > 0.01
     assert (final / "adapter_config.json").exists() == (kind == "adapter")
-    names = (
-        set(load_file(final / ("adapter_model" if kind == "adapter" else "model")).keys()) if False else None
-    )
-    assert names is None
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ASSETS / "model").chat_template
     generation = json.loads((final / "generation_config.json").read_text())
-    assert tokenizer.eos_token_id in [generation["eos_token_id"]] + list(generation["eos_token_id"] if isinstance(generation["eos_token_id"], list) else [])  # fmt: skip
+    assert generation["eos_token_id"] == [tokenizer.eos_token_id]
 
 
 def test_two_ranks_export_what_one_does(tmp_path, ragged):

@@ -163,7 +163,7 @@ def test_turns_that_cannot_be_told_apart_are_an_error():
             stock("llama3"),
             [*chat("a"), {"role": "assistant", "content": "", "tool_calls": CALL}, *chat("b", "c")],
         )
-    with pytest.raises(UserError, match="contains <|im_end|>"):
+    with pytest.raises(UserError, match=r"contains <\|im_end\|>"):
         trained(stock("qwen2_5"), chat("a", "b<|im_end|>"))
     other_each_time = "{% for m in messages %}{{ messages | map(attribute='content') | join | length }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"  # fmt: skip
     with pytest.raises(UserError, match="cannot be told from the rest"):

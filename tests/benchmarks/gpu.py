@@ -62,7 +62,7 @@ def run_ours(directory, length, flags):
             gradient_checkpointing=True, compile="compile" in flags,
         )
     )  # fmt: skip
-    rows = [json.loads(line) for line in open(output_dir + "/run/metrics.jsonl")]
+    rows = [json.loads(line) for line in Path(output_dir, "run", "metrics.jsonl").read_text().splitlines()]
     return [row["step_seconds"] for row in rows]
 
 
@@ -71,15 +71,15 @@ def run_trl(directory, length, _):
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class StepTimes(TrainerCallback):
-        seconds = []
+    seconds = []
 
+    class StepTimes(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             self.began = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
             torch.cuda.synchronize()
-            self.seconds.append(time.perf_counter() - self.began)
+            seconds.append(time.perf_counter() - self.began)
 
     per_device = 16384 // length
     config = SFTConfig(
@@ -89,7 +89,7 @@ def run_trl(directory, length, _):
     )  # fmt: skip
     rows = load_dataset("json", data_files=str(directory / "rows.jsonl"), split="train")
     SFTTrainer(str(directory / "model"), args=config, train_dataset=rows, callbacks=[StepTimes()]).train()
-    return StepTimes.seconds
+    return seconds
 
 
 def main():

@@ -64,14 +64,14 @@ def run_trl(directory, packed):
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    class StepTimes(TrainerCallback):
-        seconds = []
+    seconds = []
 
+    class StepTimes(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             self.began = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            self.seconds.append(time.perf_counter() - self.began)
+            seconds.append(time.perf_counter() - self.began)
 
     config = SFTConfig(
         output_dir=str(directory / "trl"),
@@ -94,7 +94,7 @@ def run_trl(directory, packed):
     trainer = SFTTrainer(str(directory / "model"), args=config, train_dataset=rows, callbacks=[StepTimes()])
     trainer.train()
     trainer.save_model()
-    print(json.dumps({"step_seconds": StepTimes.seconds}))
+    print(json.dumps({"step_seconds": seconds}))
 
 
 def run(name, directory, output):
