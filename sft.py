@@ -76,7 +76,7 @@ from common import (
 )
 
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
-TRAINABLE = StateDictOptions(ignore_frozen_params=True)
+TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are not in checkpoints
 RUN_FLAGS = {  # a resumed run may change these: they do not change what is learnt, but to rounding
     *(
         "output_dir",
@@ -716,6 +716,8 @@ def save_checkpoint(output_dir, progress, policy, optimizer, keep):
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(path.name for path in complete_checkpoints(output_dir)) or "none"
+        if isinstance(error, CheckpointException):  # its own text is the traceback of every rank
+            error = next(iter(error.failures.values()))[0]
         raise UserError(
             f"the checkpoint of step {progress['step']} cannot be written to {output_dir}: {error}. Is the "
             f"disk full? Complete are: {kept}. Free space, then --resume"
@@ -953,11 +955,13 @@ def main(args):
     model = causal_lm(policy)
     model.token_stats = MethodType(token_stats, model)
     shard(policy, args, device, ["token_stats"])
-    packable = self_check(policy, device, dtype)
-    if args.neftune_alpha:
-        add_neftune(model.get_input_embeddings(), args.neftune_alpha)
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = make_optimizer(args, parameters)
+    packable = self_check(
+        policy, device, dtype
+    )  # after the optimizer: a forward leaves FSDP's root unsharded
+    if args.neftune_alpha:
+        add_neftune(model.get_input_embeddings(), args.neftune_alpha)
 
     # ---- Output directory, resume, report ----
     output_dir, data_digest = choose_output_dir(args), digest(data, lengths)
