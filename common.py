@@ -1,14 +1,12 @@
-"""What the scripts share: tokenization.  (Rewards, rollout engines and weight sync join it with the RL
-scripts.)
+"""What the scripts share: tokenization. (Rewards, engines and weight sync join it with the RL scripts.)
 
     row --encode_sft--> ids, loss mask --split_batch--> micro-batches --collate--> MicroBatch --> model
 
-Shape legend: T packed tokens of a micro-batch, N trained positions in it (targets), H heads, D head size.
-Alignment: `labels_T[t]` is the token that position t predicts, `ids_T[t + 1]`, or IGNORE where nothing is
-trained. Rows are counted from 1, so that "row 17" of a .jsonl file is its line 17.
+Shapes: T packed tokens of a micro-batch, N trained positions among them, H heads, D head size.
+Alignment: labels_N[i] is the token that position positions_N[i] predicts, ids_T[positions_N[i] + 1].
+Rows are counted from 1, so that "row 17" of a .jsonl file is its line 17.
 
-`UserError` marks a user's mistake: scripts print its message without a traceback. Every other exception is a
-bug.
+UserError marks a user's mistake: scripts print its message alone. Every other exception is a bug.
 """
 
 import csv
@@ -50,8 +48,7 @@ FILE_TYPES = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": 
 
 
 def parse_source(source):
-    """`PATH` or `PATH:WEIGHT` -> (path, weight). Weight 2 takes every row twice an epoch, 0.5 a seeded half
-    of the rows."""
+    """PATH or PATH:WEIGHT -> (path, weight). Weight 2 takes every row twice an epoch, 0.5 a seeded half."""
     match = re.fullmatch(r"(.+):(\d+(?:\.\d+)?)", source)
     if match and not Path(source).exists():
         if float(match[2]) == 0:
@@ -376,99 +373,99 @@ EXTRA_COLUMNS = ("labels", "tools", "chat_template_kwargs")
 
 
 def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop", vocab_size=None):
-    """One row -> {"input_ids", "loss_mask", "num_targets", "dropped"}; `dropped` says why the row is not
-    used, "" where it is.
+    """One row -> {"input_ids", "loss_mask", "num_targets", "dropped"}; dropped: why it is not used, or "".
 
-    What is trained, by `loss_on`: auto is the completion, else the assistant's turns, else (plain text)
-    everything. loss_mask[t] marks ids[t] as a token to learn; the first token of a row has nothing before it
-    and is never one. Raises UserError for a row that is not what its columns promise.
+    What is trained, by loss_on: auto is the completion, else the assistant's turns, else (plain text) all.
+    loss_mask[t] marks ids[t] as a token to learn; the first of a row follows nothing and is never one.
+    Raises UserError for a row that is not what its columns promise.
     """
-    present = [column for column in SFT_COLUMNS if row.get(column) is not None]
     if any(row.get(column) is not None for column in ("image", "images")):
         raise UserError("the row has images, which are not supported; use text-only rows and drop the column")
-    tools, template_kwargs = (
-        read_json_column(row, "tools", list),
-        read_json_column(row, "chat_template_kwargs", dict),
-    )
-
-    if "input_ids" in present:
-        ids, mask, applicable = (
-            *encode_tokenized(row, vocab_size),
-            ("all",) if row.get("labels") is None else (),
-        )
-    elif "messages" in present or "conversations" in present or isinstance(row.get("prompt"), list):
-        prompt = []
-        if "messages" in present or "conversations" in present:
-            column = "messages" if "messages" in present else "conversations"
-            messages, applicable = check_messages(row[column], column), ("assistant", "last-assistant", "all")
-        else:
-            prompt = check_messages(row["prompt"], "prompt")
-            messages = prompt + check_messages(row.get("completion"), "completion")
-            applicable = ("completion", "assistant", "last-assistant", "all")
-        if tokenizer.chat_template is None:
-            raise UserError(
-                "the row holds messages, but the tokenizer has no chat template; give one by --chat-template"
-            )
-        first = 0 if loss_on in ("assistant", "last-assistant") else len(prompt)
-        turns = [i for i, message in enumerate(messages) if i >= first and message["role"] == "assistant"]
-        turns = None if loss_on == "all" else turns[-1:] if loss_on == "last-assistant" else turns
-        ids, mask = encode_messages(tokenizer, messages, turns, tools, template_kwargs)
-    elif "prompt" in present or "completion" in present:
-        for column in ("prompt", "completion"):
-            if not isinstance(row.get(column), str) or (column == "completion" and not row[column]):
-                found = json.dumps(row.get(column))[:60]
-                raise UserError(
-                    f"`{column}` is {found}, not a non-empty string (or both columns must hold messages)"
-                )
-        ids, mask = encode_text(tokenizer, row["prompt"], row["completion"])
-        applicable, mask = ("completion", "all"), mask if loss_on != "all" else [True] * len(ids)
-    elif "text" in present:
-        if not isinstance(row["text"], str) or not row["text"]:
-            raise UserError(f"`text` is {json.dumps(row['text'])[:60]}, not a non-empty string")
-        ids, mask = encode_text(tokenizer, "", row["text"])
-        applicable = ("all",)
-    else:
-        raise UserError(
-            f"every one of the columns {', '.join(SFT_COLUMNS)} is empty; fill one of them or remove the row"
-        )
-    allowed = ("auto", *applicable)
-    if loss_on not in allowed:
+    kind = next((column for column in SFT_COLUMNS if row.get(column) is not None), None)
+    if kind in ("prompt", "completion") and isinstance(row.get("prompt"), list):
+        kind = "prompt messages"
+    choices = {
+        "input_ids": () if row.get("labels") is not None else ("all",),
+        "messages": ("assistant", "last-assistant", "all"),
+        "conversations": ("assistant", "last-assistant", "all"),
+        "prompt messages": ("completion", "assistant", "last-assistant", "all"),
+        "prompt": ("completion", "all"),
+        "completion": ("completion", "all"),
+        "text": ("all",),
+        None: (loss_on,),
+    }[kind]
+    if loss_on not in (allowed := ("auto", *choices)):
         raise UserError(f"--loss-on {loss_on} does not apply to this kind of row; use {' or '.join(allowed)}")
 
-    dropped = ""
-    if len(ids) > max_length:
-        if overflow == "error":
-            raise UserError(
-                f"the row has {len(ids)} tokens, more than --max-length {max_length}; use --overflow drop"
+    match kind:
+        case "input_ids":
+            ids, mask = check_tokenized(row, vocab_size)
+        case "messages" | "conversations":
+            ids, mask = encode_chat(tokenizer, row, [], check_messages(row[kind], kind), loss_on)
+        case "prompt messages":
+            prompt = check_messages(row["prompt"], "prompt")
+            ids, mask = encode_chat(
+                tokenizer, row, prompt, check_messages(row["completion"], "completion"), loss_on
             )
-        dropped = f"longer than --max-length {max_length}" if overflow == "drop" else ""
-        ids, mask = ids[:max_length], mask[:max_length]
-    if not dropped and not any(mask[1:]):
-        dropped = (
-            "nothing to train"
-            if len(ids) < max_length
-            else f"nothing to train within --max-length {max_length}"
-        )
-    if dropped:
-        ids, mask = [], []
-    mask = [False, *mask[1:]] if mask else []
+        case "prompt" | "completion":
+            prompt, completion = check_text(row, "prompt", empty=True), check_text(row, "completion")
+            ids, mask = encode_text(tokenizer, prompt, completion)
+        case "text":
+            ids, mask = encode_text(tokenizer, "", check_text(row, "text"))
+        case None:
+            raise UserError(f"the columns {', '.join(SFT_COLUMNS)} are all empty; fill one or remove the row")
+    mask = [True] * len(ids) if loss_on == "all" else mask
+
+    dropped = ""
+    if len(ids) > max_length and overflow == "error":
+        raise UserError(f"the row has {len(ids)} tokens, more than --max-length {max_length}; raise it")
+    if len(ids) > max_length and overflow == "drop":
+        dropped = f"longer than --max-length {max_length}"
+    elif not any(mask[1:max_length]):
+        dropped = f"nothing to train{f' within --max-length {max_length}' if any(mask[1:]) else ''}"
+    end = 0 if dropped else max_length
+    ids, mask = ids[:end], [False, *mask[1:]][:end]
     return {"input_ids": ids, "loss_mask": mask, "num_targets": sum(mask), "dropped": dropped}
 
 
-def encode_tokenized(row, vocab_size):
-    """A row of `input_ids` and, optionally, `labels` (the same ids, or -100 where nothing is trained) -> ids,
-    mask."""
+def encode_chat(tokenizer, row, prompt, messages, loss_on):
+    """Checked messages that follow those of a prompt, with the row's tools and arguments -> ids, mask."""
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the row holds messages, but the tokenizer has no chat template; give one by --chat-template"
+        )
+    first = 0 if loss_on in ("assistant", "last-assistant") else len(prompt)
+    messages = prompt + messages
+    turns = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
+    turns = {"all": None, "last-assistant": turns[-1:]}.get(loss_on, turns)
+    tools, arguments = (
+        read_json_column(row, "tools", list),
+        read_json_column(row, "chat_template_kwargs", dict),
+    )
+    return encode_messages(tokenizer, messages, turns, tools, arguments)
+
+
+def check_text(row, column, empty=False):
+    """The text of a column; UserError if it holds something else."""
+    if not isinstance(row.get(column), str) or not (row[column] or empty):
+        raise UserError(
+            f"`{column}` is {json.dumps(row.get(column))[:60]}, not {'' if empty else 'non-empty '}text"
+        )
+    return row[column]
+
+
+def check_tokenized(row, vocab_size):
+    """`input_ids` and, if there are any, `labels` (the same ids, or -100: not trained) -> ids, mask."""
     ids, labels = row["input_ids"], row.get("labels")
     labels = ids if labels is None else labels
     if not ids or not all(isinstance(token, int) for token in [*ids, *labels]):
         raise UserError("`input_ids` and `labels` must be non-empty lists of integers")
     if vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise UserError(
-            f"`input_ids` has an id outside the model's vocabulary of {vocab_size}: {min(ids)} or {max(ids)}"
+            f"`input_ids` has ids from {min(ids)} to {max(ids)}; the model's vocabulary is {vocab_size}"
         )
-    if len(labels) != len(ids) or any(
-        label not in (token, IGNORE) for token, label in zip(ids, labels, strict=False)
-    ):
+    pairs = zip(ids, labels, strict=False)
+    if len(labels) != len(ids) or any(label not in (token, IGNORE) for token, label in pairs):
         raise UserError("`labels` must repeat `input_ids`, unshifted, with -100 where nothing is trained")
     return ids, [label != IGNORE for label in labels]
 
@@ -478,43 +475,40 @@ def encode_tokenized(row, vocab_size):
 PREPARE_DEADLINE_H = 12
 
 
-def prepare_data(sources, encode, columns, tokenizer, config=None, split="train", seed=0):
-    """Tokenize the rows of one or several datasets, in parallel, cached by `datasets` under an explicit
-    fingerprint.
+def prepare_data(sources, encode, columns, config=None, split="train", seed=0):
+    """Tokenize the rows of some datasets in parallel, cached by `datasets` under an explicit fingerprint.
 
-    sources: what --dataset holds. encode: row -> columns and "dropped" (a functools.partial whose arguments
-    are part of the fingerprint). columns: those a row must have one of. Returns the rows to train, with the
-    columns of `encode`, `source` and `row`, and the report: a dict of counts. Call it before
-    init_process_group: one process of a machine does the work while the others wait for its lock. Raises
-    UserError that names the first bad rows.
+    sources: what --dataset holds. encode: a functools.partial, row -> columns and "dropped"; its arguments
+    are part of the fingerprint. columns: those of which a row must have one.
+    Returns the rows to train, with the columns of encode, `source` and `row`; and a report, a dict of counts.
+    Call it before init_process_group: one process of a machine works while the others wait for its lock.
+    Raises UserError that names the first bad rows.
     """
     parts, report = [], {"rows": 0, "dropped": Counter(), "ignored_columns": set()}
     for number, (path, weight) in enumerate(map(parse_source, sources)):
-        lock = (
-            Path(datasets.config.HF_DATASETS_CACHE)
-            / f"{hashlib.sha256(path.encode()).hexdigest()[:16]}.prepare.lock"
-        )
-        with wait_for_lock(lock, f"tokenize {path}"):
+        name = hashlib.sha256(path.encode()).hexdigest()[:16]
+        with wait_for_lock(
+            Path(datasets.config.HF_DATASETS_CACHE) / f"{name}.prepare.lock", f"tokenize {path}"
+        ):
             rows = read_rows(path, config, split)
             if not len(rows):
                 raise UserError(f"dataset {path} is empty")
             if not set(rows.column_names) & set(columns):
-                raise UserError(
-                    f"dataset {path} has columns {rows.column_names}; it needs one of {', '.join(columns)}"
-                )
+                found = f"dataset {path} has columns {rows.column_names}"
+                raise UserError(f"{found}; it needs one of {', '.join(columns)}")
             encoded = rows.map(
                 functools.partial(encode_row, encode=encode),
                 with_indices=True,
                 remove_columns=rows.column_names,
                 num_proc=min(os.cpu_count(), 1 + len(rows) // 2000) if len(rows) > 2000 else None,
-                new_fingerprint=fingerprint(rows, encode, tokenizer),
+                new_fingerprint=fingerprint(rows, encode),
                 desc=f"Tokenizing {path}",
             )
         bad = [(row, error) for row, error in zip(encoded["row"], encoded["error"], strict=True) if error]
         if bad:
             lines = "\n".join(f"  row {row}: {error}" for row, error in bad[:5])
             raise UserError(
-                f"dataset {path}: {len(bad)} of {len(rows)} rows cannot be used (rows count from 1):\n{lines}"
+                f"dataset {path}: {len(bad)} of {len(rows)} rows cannot be used (the first is 1):\n{lines}"
             )
         dropped = encoded["dropped"]
         report["rows"] += len(encoded)
@@ -527,9 +521,8 @@ def prepare_data(sources, encode, columns, tokenizer, config=None, split="train"
         parts.append(part.add_column("source", [path] * len(part)))
     data = datasets.concatenate_datasets(parts)
     if not len(data):
-        raise UserError(
-            f"no row is left to train of {report['rows']} in {', '.join(sources)}: {dict(report['dropped'])}"
-        )
+        dropped = dict(report["dropped"])
+        raise UserError(f"no row is left to train of {report['rows']} in {', '.join(sources)}: {dropped}")
     return data, report
 
 
@@ -541,20 +534,13 @@ def encode_row(row, index, encode):
         return {**blank, "error": str(error), "row": index + 1}
 
 
-def fingerprint(rows, encode, tokenizer):
-    """What the tokenized rows depend on: the rows, the tokenizer with its template, the encoder's arguments,
-    this code."""
-    arguments = {key: value for key, value in encode.keywords.items() if key != "tokenizer"}
-    parts = [
-        rows._fingerprint,
-        tokenizer.backend_tokenizer.to_str(),
-        tokenizer.chat_template,
-        arguments,
-        encode.func.__name__,
-    ]
-    return hashlib.sha256((repr(parts) + Path(__file__).read_text(encoding="utf-8")).encode()).hexdigest()[
-        :32
-    ]
+def fingerprint(rows, encode):
+    """Of what tokenized rows depend on: rows, tokenizer and template, the encoder's arguments, this file."""
+    given = dict(encode.keywords)
+    tokenizer = given.pop("tokenizer")
+    parts = [rows._fingerprint, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, given]
+    text = repr(parts) + encode.func.__name__ + Path(__file__).read_text(encoding="utf-8")
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def wait_for_lock(path, purpose):
@@ -566,9 +552,7 @@ def wait_for_lock(path, purpose):
             return lock.acquire(timeout=30)
         except Timeout:
             print(f"waiting for another process to {purpose} ({waited + 30} s; lock {path})", flush=True)
-    raise UserError(
-        f"waited {PREPARE_DEADLINE_H} hours for another process to {purpose}; remove {path} if none runs"
-    )
+    raise UserError(f"waited {PREPARE_DEADLINE_H} h for another process to {purpose}; is it alive? ({path})")
 
 
 def mark_trained(tokenizer, ids, mask):

@@ -77,19 +77,10 @@ from common import (
 
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
 TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen weights are not in checkpoints
-RUN_FLAGS = {  # a resumed run may change these: they do not change what is learnt, but to rounding
-    *(
-        "output_dir",
-        "resume",
-        "save_every",
-        "keep_checkpoints",
-        "eval_every",
-        "log_every",
-        "wandb",
-        "run_name",
-    ),
-    *("micro_batch_tokens", "gradient_checkpointing", "compile"),
-}
+EVAL_METRICS = ("eval/loss", "eval/mean_token_accuracy", "eval/exact_match")
+# A resumed run may change these: they do not change what is learnt, but to rounding.
+RUN_FLAGS = ["output_dir", "resume", "save_every", "keep_checkpoints", "eval_every", "log_every", "wandb"]
+RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compile"]
 
 
 @dataclass(frozen=True)
@@ -98,11 +89,9 @@ class Args:
     model: str = str(ASSETS / "model")
     """A directory with a causal language model, or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the model computes in: auto is bfloat16 on CUDA, float32 on CPU. Trained weights are float32
-    always."""
+    """What the model computes in; auto: bfloat16 on CUDA, float32 on CPU. Trained weights are float32."""
     attention: str = "varlen"
-    """Attention implementation of transformers; varlen keeps packed documents apart. One that cannot gets a
-    row each."""
+    """Attention implementation; varlen keeps packed documents apart. One that cannot gets a row for each."""
     lora_rank: int = 0
     """Rank of LoRA adapters; 0 trains all weights."""
     lora_alpha: float = 32
@@ -122,8 +111,7 @@ class Args:
 
     # --- data
     dataset: tuple[str, ...] = (str(ASSETS / "messages.jsonl"),)
-    """Files (.jsonl, .json, .parquet, .csv), directories or hub ids; PATH:2 takes its rows twice an epoch,
-    PATH:0.5 half."""
+    """Files, directories or hub ids; PATH:2 takes the rows twice an epoch, PATH:0.5 half of them."""
     dataset_config: str | None = None
     """Configuration (subset) of a hub dataset."""
     dataset_split: str = "train"
@@ -407,7 +395,7 @@ def describe(name, data, report, lengths):
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "none"
     unused = ", ".join(sorted(report["ignored_columns"])) or "none"
     print(
-        f"{name:<9} {report['rows']} rows, {len(data)} used (dropped: {dropped}; columns not used: {unused})"
+        f"{name:<9} {report['rows']} rows, {len(data)} used; dropped: {dropped}; columns not used: {unused}"
     )
     share, longest = sum(data["num_targets"]) / lengths.sum(), lengths.max()
     print(f"{'':<9} {lengths.sum()} tokens, {share:.1%} of them trained; the longest row has {longest}")
@@ -415,9 +403,8 @@ def describe(name, data, report, lengths):
 
 def ending_ids(data, tokenizer):
     """The special tokens that end the examples: with what the model learns to stop."""
-    endings = {
-        row["input_ids"][np.flatnonzero(row["loss_mask"])[-1]] for row in data.take(min(len(data), 1000))
-    }
+    rows = data.take(min(len(data), 1000))
+    endings = {row["input_ids"][np.flatnonzero(row["loss_mask"])[-1]] for row in rows}
     return sorted(endings & set(tokenizer.all_special_ids))
 
 
@@ -471,9 +458,7 @@ def flag(name):
 def load_config(args):
     """The model's config, every dropout set to 0; UserError where there is no model."""
     if (Path(args.model) / "adapter_config.json").exists():
-        raise UserError(
-            f"--model {args.model} is a LoRA adapter; give a merged model (--lora-merge exports one)"
-        )
+        raise UserError(f"--model {args.model} is a LoRA adapter; give a model (--lora-merge exports one)")
     try:
         config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # hub, file and format errors alike
@@ -505,18 +490,17 @@ def compute_dtype(args, device):
 
 
 def load_policy(args, config, device):
-    """The model to train: float32 weights, or frozen ones in the compute type (or 4 bits) with float32
-    adapters."""
+    """The model to train: float32 weights; with LoRA, frozen in --dtype or 4 bits, with float32 adapters."""
     dtype, quantization = compute_dtype(args, device) if args.lora_rank else torch.float32, None
     if args.load_in_4bit:
         if not find_spec("bitsandbytes"):
             raise UserError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes==0.50.2")
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
+        nf4 = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+        quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
     try:
         policy = AutoModelForCausalLM.from_pretrained(
             args.model,
@@ -528,34 +512,27 @@ def load_policy(args, config, device):
             device_map={"": device} if quantization else None,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"--model {args.model} cannot be loaded with --attention {args.attention}: {error}"
-        ) from error
+        message = f"--model {args.model} cannot be loaded with --attention {args.attention}: {error}"
+        raise UserError(message) from error
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
-    if args.lora_rank:
-        lora = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=args.lora_targets[0]
-            if args.lora_targets == ("all-linear",)
-            else list(args.lora_targets),
-            use_rslora=args.lora_rslora,
-            task_type="CAUSAL_LM",
-        )
-        try:
-            policy = get_peft_model(policy, lora)
-        except ValueError as error:
-            linear = {
-                name.split(".")[-1] for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)
-            }
-            found = ", ".join(sorted(linear))
-            raise UserError(
-                f"--lora-targets {' '.join(args.lora_targets)}: {error}. The model has {found}"
-            ) from error
-    return policy
+    if args.lora_rank == 0:
+        return policy
+    lora = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules="all-linear" if args.lora_targets == ("all-linear",) else list(args.lora_targets),
+        use_rslora=args.lora_rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(policy, lora)
+    except ValueError as error:
+        linear = {name.split(".")[-1] for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
+        names = f"--lora-targets {' '.join(args.lora_targets)}"
+        raise UserError(f"{names}: {error}. The model has {', '.join(sorted(linear))}") from error
 
 
 def causal_lm(policy):
@@ -564,22 +541,17 @@ def causal_lm(policy):
 
 
 def shard(policy, args, device, forward_methods):
-    """FSDP2 over decoder layers and root, in place: float32 shards, computed in --dtype, reduced in
-    float32."""
+    """FSDP2 over decoder layers and root, in place: float32 shards and reductions, computed in --dtype."""
     model = causal_lm(policy)
-    layers = [
-        module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())
-    ]
+    names = model._no_split_modules or ()  # the classes of decoder layers
+    layers = [module for module in model.modules() if type(module).__name__ in names]
     if args.compile:
         for layer in layers:
             layer.compile(dynamic=True)
-    if (
-        dist.get_world_size() > 1 or compute_dtype(args, device) != torch.float32
-    ):  # else nothing to shard or cast
-        options = {
-            "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
-            "mp_policy": MixedPrecisionPolicy(compute_dtype(args, device), torch.float32),
-        }
+    dtype, world_size = compute_dtype(args, device), dist.get_world_size()
+    if world_size > 1 or dtype != torch.float32:  # else there is nothing to shard or to cast
+        options = {"mesh": init_device_mesh(device.type, (world_size,))}
+        options |= {"mp_policy": MixedPrecisionPolicy(dtype, torch.float32)}
         if args.load_in_4bit:  # 4-bit weights cannot be sharded
             options["ignored_params"] = {weight for weight in model.parameters() if not weight.requires_grad}
         for module in (*layers, model):
@@ -594,8 +566,7 @@ def self_check(policy, device, dtype):
     """Compare log-probs with the model's own forward, on two short documents -> whether they can be packed.
 
     Raises UserError if those of a document alone differ: then token_stats does not know what the architecture
-    does between hidden states and logits. Where only packing differs, each document must have a row of its
-    own.
+    does between hidden states and logits. Where only packing differs, each document must have its own row.
     """
     model, tolerance = causal_lm(policy), 1e-3 if dtype == torch.float32 else 0.2
     text, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
@@ -634,8 +605,7 @@ def make_optimizer(args, parameters):
 
 
 def init_distributed():
-    """Join the process group (of one without torchrun) -> rank, world size, device. gloo carries flags on
-    CUDA."""
+    """Join the process group (of one without torchrun) -> rank, world size, device. gloo: see any_rank."""
     cuda, timeout = torch.cuda.is_available(), timedelta(minutes=30)
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
@@ -672,12 +642,10 @@ def stop_non_finite(step, loss, grad_norm, data, rows, plan, micro_losses):
     dist.all_gather_object(gathered, mine)
     bad = np.concatenate([some for part in gathered for some in part] or [rows])
     places = data.with_format(None, ["row", "source"])[bad[:8]]
-    names = ", ".join(
-        f"{row} of {source}" for row, source in zip(places["row"], places["source"], strict=True)
-    )
+    names = [f"{row} of {source}" for row, source in zip(places["row"], places["source"], strict=True)]
     raise UserError(
-        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; nothing was updated. Look at "
-        f"the {len(bad)} rows concerned, or lower --learning-rate: {names}{', ...' if len(bad) > 8 else ''}"
+        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; nothing was updated. Look at the "
+        f"{len(bad)} rows concerned, or lower --learning-rate. The first: {', '.join(names)}"
     )
 
 
@@ -752,9 +720,15 @@ def check_resumable(output_dir, args, data_digest):
         raise UserError(f"--resume: the data that {output_dir} was begun with has changed; begin a new run")
 
 
+def write_whole(path, text):
+    """Write a file that is never seen in part."""
+    aside = path.with_suffix(".partial")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 class RunLog:
-    """args.json, copies of the code, metrics.jsonl and wandb, all by rank 0; `evals` holds the run's
-    evaluations."""
+    """args.json, copies of the code, metrics.jsonl and wandb, by rank 0. evals: step -> held-out metrics."""
 
     def __init__(self, args, output_dir, data_digest, keep_until):
         self.evals, self.wandb, self.path = {}, None, output_dir / "metrics.jsonl"
@@ -763,11 +737,10 @@ class RunLog:
         output_dir.mkdir(parents=True, exist_ok=True)
         if not (output_dir / "args.json").exists():
             self.write_args(args, output_dir, data_digest)
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        text = self.path.read_text() if self.path.exists() else ""
+        lines = text[: text.rfind("\n") + 1].splitlines()  # what follows the last newline was cut by a kill
         rows = [row for row in map(json.loads, lines) if row["step"] <= keep_until]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(self.path)
+        write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.evals = {row["step"]: row for row in rows if "eval/loss" in row}
         if args.wandb != "disabled":
             import wandb  # slow to import, and not needed where it is disabled
@@ -785,10 +758,8 @@ class RunLog:
 
     @staticmethod
     def write_args(args, output_dir, data_digest):
-        script = Path(__file__)
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=script.parent, capture_output=True, text=True, check=False
-        )
+        script, revision = Path(__file__), ["git", "rev-parse", "HEAD"]
+        git = subprocess.run(revision, cwd=script.parent, capture_output=True, text=True, check=False)
         packages = ("torch", "transformers", "datasets", "peft", "tyro", "wandb")
         record = {
             "args": asdict(args),
@@ -800,7 +771,7 @@ class RunLog:
         }
         shutil.copy(script, output_dir / "script.py")
         shutil.copy(script.parent / "common.py", output_dir / "common.py")
-        (output_dir / "args.json").write_text(json.dumps(record, indent=2))
+        write_whole(output_dir / "args.json", json.dumps(record, indent=2))
 
     def write(self, row):
         """Append one row of metrics."""
@@ -816,38 +787,37 @@ class RunLog:
 
 
 def export(args, output_dir, policy, tokenizer, stop_ids, dtype):
-    """Write final/: the model in the type it computed in (or its adapter, or both merged), tokenizer and
-    template.
+    """Write final/: the model in the type it computed in, or its adapter, or both merged; and the tokenizer.
 
     stop_ids, the tokens trained to end a turn, join the generation config's EOS ids: generation stops there.
     """
-    final, model = output_dir / "final", causal_lm(policy)
-    options = StateDictOptions(
-        full_state_dict=True, cpu_offload=True, ignore_frozen_params=args.lora_rank > 0
-    )
-    state = get_model_state_dict(policy, options=options)  # every rank takes part
+    final, aside, model = output_dir / "final", output_dir / ".final.partial", causal_lm(policy)
+    options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": args.lora_rank > 0}
+    state = get_model_state_dict(policy, options=StateDictOptions(**options))  # every rank takes part
     if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
         if args.lora_rank:
-            policy.save_pretrained(final, state_dict=state)
+            policy.save_pretrained(aside, state_dict=state)
         else:
             model.config.dtype = dtype
             names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
             tied = names - {name for name, _ in model.named_parameters()}  # saved once, under the first name
             weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
-            model.save_pretrained(final, state_dict=weights)
+            model.save_pretrained(aside, state_dict=weights)
         if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-            base = AutoModelForCausalLM.from_pretrained(
-                args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
-            )
-            merged = PeftModel.from_pretrained(base, final).merge_and_unload()
-            shutil.rmtree(final)
-            merged.save_pretrained(final)
+            options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+            base = AutoModelForCausalLM.from_pretrained(args.model, **options)
+            merged = PeftModel.from_pretrained(base, aside).merge_and_unload()
+            shutil.rmtree(aside)
+            merged.save_pretrained(aside)
         generation = model.generation_config
         eos = generation.eos_token_id
         eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
         generation.eos_token_id = eos + [token for token in stop_ids if token not in eos]
-        generation.save_pretrained(final)
-        tokenizer.save_pretrained(final)
+        generation.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
     dist.barrier()
     return final
 
@@ -872,15 +842,12 @@ def router_aux_coef(args, config):
         given = args.router_aux_loss_coef
         return getattr(text, "router_aux_loss_coef", 0.0) if given is None else given
     if args.router_aux_loss_coef is not None:
-        raise UserError(
-            "--router-aux-loss-coef needs a mixture of experts, which this model is not; leave it out"
-        )
+        raise UserError("--router-aux-loss-coef needs a mixture of experts, which this model is not")
     return 0.0
 
 
 def add_neftune(embedding, alpha):
-    """Noise on the embeddings in training, uniform in +-alpha / sqrt(length x D), length being the
-    document's."""
+    """In training, noise on embeddings, uniform in +-alpha / sqrt(L x D), L the length of the document."""
 
     def add_noise(embedding, inputs, output):
         if not embedding.training:
@@ -893,8 +860,7 @@ def add_neftune(embedding, alpha):
 
 @torch.no_grad()
 def evaluate(policy, data, plan, device, caught_signals):
-    """Held-out metrics over all of `data`: every token, every example once over all ranks. None if
-    stopped."""
+    """Metrics over all of `data`, every token and example counted once. None if stopped by a signal."""
     policy.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, hits, tokens, exact examples, examples
     for rows in plan[dist.get_rank()]:
@@ -910,8 +876,7 @@ def evaluate(policy, data, plan, device, caught_signals):
     dist.all_reduce(sums)
     policy.train()
     loss, hits, tokens, exact, examples = sums.tolist()
-    names = ("eval/loss", "eval/mean_token_accuracy", "eval/exact_match")
-    return dict(zip(names, (loss / tokens, hits / tokens, exact / examples), strict=True))
+    return dict(zip(EVAL_METRICS, (loss / tokens, hits / tokens, exact / examples), strict=True))
 
 
 def main(args):
@@ -929,9 +894,7 @@ def main(args):
         overflow=args.overflow,
         vocab_size=config.get_text_config().vocab_size,
     )
-    prepare = functools.partial(
-        prepare_data, encode=encode, columns=SFT_COLUMNS, tokenizer=tokenizer, config=args.dataset_config
-    )
+    prepare = functools.partial(prepare_data, encode=encode, columns=SFT_COLUMNS, config=args.dataset_config)
     data, report = prepare(args.dataset, split=args.dataset_split, seed=args.seed)
     lengths, num_targets = row_lengths(data, args), np.array(data["num_targets"])
     if args.eval_dataset:
@@ -940,9 +903,7 @@ def main(args):
     steps_per_epoch = math.ceil(len(data) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     if args.warmup_steps >= total_steps:
-        raise UserError(
-            f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps; lower it"
-        )
+        raise UserError(f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps")
 
     # ---- Model and optimizer ----
     # --- shared: init ---
@@ -957,9 +918,7 @@ def main(args):
     shard(policy, args, device, ["token_stats"])
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = make_optimizer(args, parameters)
-    packable = self_check(
-        policy, device, dtype
-    )  # after the optimizer: a forward leaves FSDP's root unsharded
+    packable = self_check(policy, device, dtype)  # not before: a forward leaves FSDP's root unsharded
     if args.neftune_alpha:
         add_neftune(model.get_input_embeddings(), args.neftune_alpha)
 
@@ -971,28 +930,21 @@ def main(args):
         if checkpoints := complete_checkpoints(output_dir):
             progress = load_checkpoint(checkpoints[-1], policy, optimizer)
         if rank == 0:
-            where = (
-                f"after step {progress['step']}, from {checkpoints[-1]}"
-                if checkpoints
-                else "at the beginning"
-            )
-            print(f"resuming {where}{'' if checkpoints else f': {output_dir} has no complete checkpoint'}")
-    log = RunLog(args, output_dir, data_digest, keep_until=progress["step"] if progress["step"] else -1)
+            print(f"resuming after step {progress['step']}, from {checkpoints[-1]}" if checkpoints else
+                  f"{output_dir} has no complete checkpoint: starting from the beginning")  # fmt: skip
+    log = RunLog(args, output_dir, data_digest, keep_until=progress["step"] or -1)
     if rank == 0:
         total, trained = (
-            sum(weight.numel() for weight in policy.parameters()),
-            sum(p.numel() for p in parameters),
+            sum(weight.numel() for weight in some) for some in (policy.parameters(), parameters)
         )
         print(f"model     {args.model}: {total:,} parameters, {trained:,} trained")
         print(f"device    {world_size} x {device.type}, computing in {dtype}")
         describe("train", data, report, lengths)
         if args.eval_dataset:
             describe("held out", eval_data, eval_report, eval_lengths)
-        packing = (
-            f"packed into rows of up to {args.micro_batch_tokens} tokens" if packable else "each in a row"
-        )
+        rows = f"rows of up to {args.micro_batch_tokens} tokens" if packable else "one example a row"
         print(
-            f"steps     {total_steps} of {args.batch_size} examples ({steps_per_epoch} an epoch), {packing}"
+            f"steps     {total_steps} of {args.batch_size} examples ({steps_per_epoch} an epoch), in {rows}"
         )
         example = data[0]
         print(f"example   row {example['row']} of {example['source']}; what is trained stands in [[ ]]:\n"
@@ -1045,12 +997,8 @@ def main(args):
                 aux_loss = stats.aux_loss * (batch.num_tokens / step_tokens)
                 loss = loss + aux_coef * aux_loss
                 sums[3] += aux_loss.detach()
-            (
-                loss * world_size
-            ).backward()  # FSDP averages over ranks what is a share of a global mean already
-            sums[:3] += torch.stack(
-                [x_N.detach().sum() for x_N in (losses_N, stats.entropy_N, stats.is_top1_N)]
-            )
+            (loss * world_size).backward()  # FSDP averages over ranks; this is a share of a global mean
+            sums[:3] += torch.stack([losses_N.sum(), stats.entropy_N.sum(), stats.is_top1_N.sum()]).detach()
             micro_losses.append(loss.detach())
         if len(micro_losses) < len(plan[rank]):  # stopped by a signal: this step does not count
             break
@@ -1076,7 +1024,7 @@ def main(args):
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
             log.write({**progress, **metrics})
         evaluate_when_due(progress["step"])
-        if args.save_every and progress["step"] % args.save_every == 0:
+        if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):
             save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints)
     bar.close()
 
@@ -1091,9 +1039,7 @@ def main(args):
     else:
         final = export(args, output_dir, policy, tokenizer, stop_ids, dtype)
         if rank == 0:
-            for name in (
-                ("eval/loss", "eval/mean_token_accuracy", "eval/exact_match") if args.eval_dataset else ()
-            ):
+            for name in EVAL_METRICS if args.eval_dataset else ():
                 before, after = log.evals[0][name], log.evals[total_steps][name]
                 print(f"{name:<24} {before:.4f} before training, {after:.4f} after {total_steps} steps")
             print(f"the model is in {final}")

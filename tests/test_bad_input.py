@@ -23,7 +23,7 @@ USER = ("user", "a")
 
 ROWS = {  # rows of a .jsonl file -> the message
     "unknown columns": ([{"question": "a", "answer": "b"}], r"has columns \['question', 'answer'\]; it needs one of input_ids"),
-    "all columns empty": ([{"text": None, "id": 1}], r"row 1: every one of the columns .* is empty"),
+    "all columns empty": ([{"text": None, "id": 1}], r"row 1: the columns input_ids, .* are all empty"),
     "content is a number": (messages(USER, ("assistant", 3)), r"row 1: `messages\[1\]` \(assistant\) has content of type int"),
     "content is missing": ([{"messages": [{"role": "user"}]}], r"`messages\[0\]` \(user\) has content of type NoneType"),
     "unknown role": (messages(("robot", "a")), r"has the role 'robot'; roles are system, developer, user, assistant, tool"),
@@ -34,11 +34,11 @@ ROWS = {  # rows of a .jsonl file -> the message
     "image part": (messages(("user", [{"type": "image"}])), r"`messages\[0\]` holds an image; images are not supported"),
     "image column": ([{"images": ["x.png"], "text": "a"}], r"row 1: the row has images, which are not supported"),
     "parts": (messages(("user", [{"type": "text", "text": "a"}])), r"has content of type list; make it one string"),
-    "prompt without completion": ([{"prompt": "a", "completion": None}], r"`completion` is null, not a non-empty string"),
-    "empty completion": ([{"prompt": "a", "completion": ""}], r"`completion` is \"\", not a non-empty string"),
+    "prompt without completion": ([{"prompt": "a", "completion": None}], r"`completion` is null, not non-empty text"),
+    "empty completion": ([{"prompt": "a", "completion": ""}], r"`completion` is \"\", not non-empty text"),
     "completion of another kind": ([{"prompt": GOOD[0]["messages"], "completion": "b"}], r"`completion` is \"b\", not a non-empty list"),
-    "empty text": ([{"text": ""}], r"`text` is \"\", not a non-empty string"),
-    "ids beyond the vocabulary": ([{"input_ids": [1, 512]}], r"has an id outside the model's vocabulary of 512: 1 or 512"),
+    "empty text": ([{"text": ""}], r"`text` is \"\", not non-empty text"),
+    "ids beyond the vocabulary": ([{"input_ids": [1, 512]}], r"has ids from 1 to 512; the model's vocabulary is 512"),
     "labels of another length": ([{"input_ids": [1, 2], "labels": [1]}], r"`labels` must repeat `input_ids`, unshifted"),
     "shifted labels": ([{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}], r"`labels` must repeat `input_ids`, unshifted"),
     "tools are not JSON": ([{**GOOD[0], "tools": "look_up"}], r"`tools` is text but not JSON"),
@@ -106,7 +106,7 @@ def test_bad_files(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD[0]) + "\n{'text': 1}\n")
     assert "row 2 is not JSON" in message_of(tmp_path, dataset=(str(tmp_path / "broken.jsonl"),))
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
-    assert "row 1: `text` is 1, not a non-empty string" in message_of(
+    assert "row 1: `text` is 1, not non-empty text" in message_of(
         tmp_path, dataset=(str(tmp_path / "list.jsonl"),)
     )
     (tmp_path / "empty.jsonl").write_text("")

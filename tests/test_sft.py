@@ -290,7 +290,7 @@ def test_resume_at_the_same_step_repeats_nothing(tmp_path, ragged):
 def test_without_a_checkpoint_resume_begins_again_and_says_so(tmp_path, ragged, capsys):
     expected = train(tmp_path / "run", dataset=ragged)
     assert train(tmp_path / "run", dataset=ragged, resume=True) == expected
-    assert "no complete checkpoint" in capsys.readouterr().out
+    assert "has no complete checkpoint" in capsys.readouterr().out
     (tmp_path / "run" / "checkpoint-00000002").mkdir()  # as a directory without its last file is not complete
     assert train(tmp_path / "run", dataset=ragged, resume=True) == expected
 
@@ -338,7 +338,7 @@ def test_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path, ra
 
     monkeypatch.setattr(sft, "sft_loss", poisoned)
     with pytest.raises(
-        UserError, match=rf"step {bad}: the loss is nan.*the 8 rows concerned.*: \d+ of .*ragged.jsonl"
+        UserError, match=rf"step {bad}: the loss is nan.*8 rows concerned.* The first: \d+ of .*ragged.jsonl"
     ):
         train(tmp_path / "run", dataset=ragged, save_every=1)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, bad))

@@ -268,7 +268,7 @@ def test_too_long_rows():
 def prepared(tmp_path, rows, name="rows.jsonl", sources=None, **kwargs):
     path = write_rows(tmp_path / name, rows)
     encode = functools.partial(encode_sft, tokenizer=EMBEDDED, **{"max_length": 100, **kwargs})
-    return prepare_data(sources or (path,), encode, SFT_COLUMNS, EMBEDDED)
+    return prepare_data(sources or (path,), encode, SFT_COLUMNS)
 
 
 def test_every_row_is_accounted_for(tmp_path):
@@ -331,7 +331,7 @@ def test_rows_with_different_keys_are_not_mixed_up_by_arrow(tmp_path):
         "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
     )
     encode = functools.partial(encode_sft, tokenizer=tokenizer, loss_on="all", max_length=1000)
-    data, _ = prepare_data((write_rows(tmp_path / "rows.jsonl", rows),), encode, SFT_COLUMNS, tokenizer)
+    data, _ = prepare_data((write_rows(tmp_path / "rows.jsonl", rows),), encode, SFT_COLUMNS)
     tools, one, last = zip(*(tokenizer.decode(row["input_ids"]).split("|") for row in data), strict=True)
     assert [json.loads(text) for text in tools] == [[TOOL], None, None]
     assert one == ("False", "True", "False")
