@@ -618,8 +618,12 @@ def init_distributed():
 def catch_signals():
     """A list to which SIGTERM and SIGINT are added from now on, in place of ending the process."""
     caught = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: caught.append(number))
+
+    def note(number, frame):
+        caught.append(number)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
     return caught
 
 
