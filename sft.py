@@ -45,7 +45,6 @@ from types import MethodType
 from typing import Literal, NamedTuple
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -65,7 +64,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from common import (
-    SFT_COLUMNS,
+    SFT_FEATURES,
     UserError,
     collate,
     encode_sft,
@@ -379,8 +378,7 @@ def epoch_order(num_rows, seed, epoch):
 
 def row_lengths(data, args):
     """Tokens of each row; UserError if the longest does not fit into a micro-batch."""
-    ids = data.with_format("arrow")["input_ids"][:].combine_chunks()
-    lengths = pc.list_value_length(ids).to_numpy().astype(np.int64)
+    lengths = np.array(data["length"])
     if lengths.max() > args.micro_batch_tokens:
         row = data[int(lengths.argmax())]
         raise UserError(
@@ -393,25 +391,12 @@ def row_lengths(data, args):
 def describe(name, data, report, lengths):
     """Print what is used of a dataset, and why the rest is not."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "none"
-    unused = ", ".join(sorted(report["ignored_columns"])) or "none"
+    unused = ", ".join(sorted(report["unused"])) or "none"
     print(
         f"{name:<9} {report['rows']} rows, {len(data)} used; dropped: {dropped}; columns not used: {unused}"
     )
     share, longest = sum(data["num_targets"]) / lengths.sum(), lengths.max()
     print(f"{'':<9} {lengths.sum()} tokens, {share:.1%} of them trained; the longest row has {longest}")
-
-
-def ending_ids(data, tokenizer):
-    """The special tokens that end the examples: with what the model learns to stop."""
-    rows = data.take(min(len(data), 1000))
-    endings = {row["input_ids"][np.flatnonzero(row["loss_mask"])[-1]] for row in rows}
-    return sorted(endings & set(tokenizer.all_special_ids))
-
-
-def digest(data, lengths):
-    """A fingerprint of tokenized rows: all their lengths, and the ids of 64 of them."""
-    sample = data[np.linspace(0, len(data) - 1, 64).astype(int)]["input_ids"]
-    return hashlib.sha256(np.concatenate([lengths, *sample]).astype(np.int64).tobytes()).hexdigest()[:16]
 
 
 # ---- Shared with the other scripts: checks and model -------------------------------------------------------
@@ -898,7 +883,9 @@ def main(args):
         overflow=args.overflow,
         vocab_size=config.get_text_config().vocab_size,
     )
-    prepare = functools.partial(prepare_data, encode=encode, columns=SFT_COLUMNS, config=args.dataset_config)
+    prepare = functools.partial(
+        prepare_data, encode=encode, features=SFT_FEATURES, config=args.dataset_config
+    )
     data, report = prepare(args.dataset, split=args.dataset_split, seed=args.seed)
     lengths, num_targets = row_lengths(data, args), np.array(data["num_targets"])
     if args.eval_dataset:
@@ -927,7 +914,8 @@ def main(args):
         add_neftune(model.get_input_embeddings(), args.neftune_alpha)
 
     # ---- Output directory, resume, report ----
-    output_dir, data_digest = choose_output_dir(args), digest(data, lengths)
+    output_dir = choose_output_dir(args)
+    data_digest = hashlib.sha256("".join(data["digest"]).encode()).hexdigest()[:16]
     progress = {"step": 0, "tokens": 0}
     if args.resume:
         check_resumable(output_dir, args, data_digest)
@@ -955,7 +943,8 @@ def main(args):
               f"{mark_trained(tokenizer, example['input_ids'], example['loss_mask'])}")  # fmt: skip
         print(f"output    {output_dir}", flush=True)
 
-    stop_ids, data = ending_ids(data, tokenizer), data.with_format("numpy", ["input_ids", "loss_mask"])
+    stop_ids = sorted(set(data.unique("stop_id")) - {-1})  # with what the model learns to stop
+    data = data.with_format("numpy", ["input_ids", "loss_mask"])
     if args.eval_dataset:
         eval_data = eval_data.with_format("numpy", ["input_ids", "loss_mask"])
         eval_plan = split_batch(eval_lengths.tolist(), world_size, args.micro_batch_tokens, not packable)

@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 
+import datasets
 import pytest
 from conftest import ASSETS, run, write_rows
 from transformers import AutoTokenizer
@@ -22,21 +23,21 @@ def messages(*pairs):
 USER = ("user", "a")
 
 ROWS = {  # rows of a .jsonl file -> the message
-    "unknown columns": ([{"question": "a", "answer": "b"}], r"has columns \['question', 'answer'\]; it needs one of input_ids"),
-    "all columns empty": ([{"text": None, "id": 1}], r"row 1: the columns input_ids, .* are all empty"),
-    "content is a number": (messages(USER, ("assistant", 3)), r"row 1: `messages\[1\]` \(assistant\) has content of type int"),
-    "content is missing": ([{"messages": [{"role": "user"}]}], r"`messages\[0\]` \(user\) has content of type NoneType"),
-    "unknown role": (messages(("robot", "a")), r"has the role 'robot'; roles are system, developer, user, assistant, tool"),
-    "messages is text": ([{"messages": "hello"}], r"`messages` is \"hello\", not a non-empty list"),
+    "unknown columns": ([{"question": "a", "answer": "b"}], r"row 1: the row has the columns \['answer', 'question'\]; it needs one of input_ids, messages, "),
+    "all columns empty": ([{"text": None, "id": 1}], r"row 1: the row has the columns \['id', 'text'\]; it needs one of .* that is not empty"),
+    "content is a number": (messages(USER, ("assistant", 3)), r"row 1: `messages\[1\]` \(assistant\) has int as content; make it one string"),
+    "content is missing": ([{"messages": [{"role": "user"}]}], r"`messages\[0\]` \(user\) has nothing as content; make it one string"),
+    "unknown role": (messages(("robot", "a")), r"has the role \"robot\"; roles are system, developer, user, assistant, tool"),
+    "messages is text": ([{"messages": "hello"}], r"`messages` is text but not JSON"),
     "messages is empty": ([{"messages": []}, *GOOD], r"row 1: `messages` is \[\], not a non-empty list"),
     "a message is text": ([{"messages": ["a"]}], r"`messages\[0\]` is \"a\", not an object with `role`"),
     "empty answer": (messages(USER, ("assistant", " ")), r"`messages\[1\]` is an empty assistant turn; remove it"),
     "image part": (messages(("user", [{"type": "image"}])), r"`messages\[0\]` holds an image; images are not supported"),
     "image column": ([{"images": ["x.png"], "text": "a"}], r"row 1: the row has images, which are not supported"),
-    "parts": (messages(("user", [{"type": "text", "text": "a"}])), r"has content of type list; make it one string"),
+    "parts": (messages(("user", [{"type": "text", "text": "a"}])), r"has list as content; make it one string"),
     "prompt without completion": ([{"prompt": "a", "completion": None}], r"`completion` is null, not non-empty text"),
     "empty completion": ([{"prompt": "a", "completion": ""}], r"`completion` is \"\", not non-empty text"),
-    "completion of another kind": ([{"prompt": GOOD[0]["messages"], "completion": "b"}], r"`completion` is \"b\", not a non-empty list"),
+    "completion of another kind": ([{"prompt": GOOD[0]["messages"], "completion": "b"}], r"`completion` is text but not JSON"),
     "empty text": ([{"text": ""}], r"`text` is \"\", not non-empty text"),
     "ids beyond the vocabulary": ([{"input_ids": [1, 512]}], r"has ids from 1 to 512; the model's vocabulary is 512"),
     "labels of another length": ([{"input_ids": [1, 2], "labels": [1]}], r"`labels` must repeat `input_ids`, unshifted"),
@@ -45,6 +46,15 @@ ROWS = {  # rows of a .jsonl file -> the message
     "tools is an object": ([{**GOOD[0], "tools": '{"a": 1}'}], r"`tools` is of type dict, not list"),
     "tool call without name": ([{"messages": [{"role": "assistant", "tool_calls": [{"id": "1"}]}]}], r"a tool call without a function name"),
     "end of turn in an answer": (messages(USER, ("assistant", "b<|im_end|>")), r"contains <\|im_end\|>, which the template adds"),
+    "null": ([None], r"row 1: the row is null, not an object"),
+    "prompt messages without completion": ([{"prompt": GOOD[0]["messages"][:1]}], r"`completion` is null, not a non-empty list"),
+    "ids are no list": ([{"input_ids": 5}], r"`input_ids` is of type int, not list"),
+    "labels are no list": ([{"input_ids": [5, 6], "labels": 5}], r"`labels` is of type int, not list"),
+    "sender is a list": ([{"conversations": [{"from": ["human"], "value": "a"}]}], r"has the role \[\"human\"\]; roles are"),
+    "function call is not JSON": ([{"conversations": [{"from": "function_call", "value": "f(1)"}]}], r"is a function call that is not JSON"),
+    "tool calls are a number": ([{"messages": [{"role": "assistant", "tool_calls": 5}]}], r"has tool calls that are no list: 5"),
+    "function is text": ([{"messages": [{"role": "assistant", "tool_calls": [{"function": "f"}]}]}], r"a tool call without a function name"),
+    "arguments are not JSON": ([{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "x=1"}]}]}], r"the arguments of f are not JSON"),
     "nothing to train": (messages(USER), r"no row is left to train of 1 in .*: \{'nothing to train': 1\}"),
     "all too long": (messages(USER, ("assistant", "word " * 3000)), r"\{'longer than --max-length 2048': 1\}"),
 }  # fmt: skip
@@ -54,7 +64,9 @@ FLAGS = {  # flags -> the message
     "no such eval file": ({"eval_dataset": ("./nowhere",)}, r"dataset ./nowhere: no such file or directory"),
     "unknown file type": ({"dataset": (str(ASSETS / "make_assets.py"),)}, r"the file type must be one of .jsonl, .json"),
     "no dataset": ({"dataset": ()}, r"--dataset is empty"),
-    "weight of zero": ({"dataset": ("a:0",)}, r"a weight must be above 0"),
+    "negative weight": ({"dataset": ("a:-1",)}, r"--dataset a:-1: the weight must be a number above 0"),
+    "weight that takes nothing": ({"dataset": (f"{ASSETS / 'messages_eval.jsonl'}:1e-4",)}, r":0.0001 takes none of its 500 rows; raise the weight"),
+    "weight of zero": ({"dataset": ("a:0",)}, r"the weight must be a number above 0"),
     "no such hub dataset": ({"dataset": ("nobody/nothing",)}, r"dataset nobody/nothing .* cannot be read"),
     "no such model": ({"model": "./nowhere"}, r"--model ./nowhere: its config cannot be loaded"),
     "batch size 0": ({"batch_size": 0}, r"--batch-size is 0; it must be above 0"),
@@ -71,7 +83,7 @@ FLAGS = {  # flags -> the message
     "resume of nothing": ({"resume": True}, r"--resume needs --output-dir"),
     "smoothing of dft": ({"loss_type": "dft", "label_smoothing": 0.1}, r"--label-smoothing applies to --loss-type nll only"),
     "router loss without experts": ({"router_aux_loss_coef": 0.1}, r"--router-aux-loss-coef needs a mixture of experts"),
-    "no such template": ({"chat_template": "nowhere.jinja"}, r"--chat-template nowhere.jinja: no such file"),
+    "no such template": ({"chat_template": "nowhere.jinja"}, r"--chat-template nowhere.jinja must be a file with a Jinja template: .*No such file"),
     "no such attention": ({"attention": "magic"}, r"cannot be loaded with --attention magic"),
     "loss on what is not there": ({"loss_on": "completion"}, r"--loss-on completion does not apply to this kind of row; use auto or assistant"),
     "config of a local file": ({"dataset_config": "en"}, r"--dataset-config en applies to hub datasets only"),
@@ -104,20 +116,43 @@ def test_bad_flags(tmp_path, name):
 
 def test_bad_files(tmp_path):
     (tmp_path / "broken.jsonl").write_text(json.dumps(GOOD[0]) + "\n{'text': 1}\n")
-    assert "row 2 is not JSON" in message_of(tmp_path, dataset=(str(tmp_path / "broken.jsonl"),))
+    assert "row 2: the row is not JSON" in message_of(tmp_path, dataset=(str(tmp_path / "broken.jsonl"),))
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
-    assert "row 1: `text` is 1, not non-empty text" in message_of(
+    assert "row 1: the row is [1, 2], not an object with columns" in message_of(
         tmp_path, dataset=(str(tmp_path / "list.jsonl"),)
     )
-    (tmp_path / "empty.jsonl").write_text("")
-    assert "empty.jsonl is empty" in message_of(tmp_path, dataset=(str(tmp_path / "empty.jsonl"),))
+    for name, content in (
+        ("a.jsonl", ""),
+        ("b.jsonl", "\n\n"),
+        ("c.json", "[]"),
+        ("d.csv", "prompt,completion\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert re.search(f"{name} .*has no rows", message_of(tmp_path, dataset=(str(tmp_path / name),)))
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1"))
+    assert "row 1: the row is not JSON ('utf-8' codec" in message_of(
+        tmp_path, dataset=(str(tmp_path / "latin.jsonl"),)
+    )
+    (tmp_path / "short.csv").write_text("prompt,completion\na,b\na\n")
+    assert "row 2 has 1 cells; the header has 2" in message_of(
+        tmp_path, dataset=(str(tmp_path / "short.csv"),)
+    )
+    (tmp_path / "null.jsonl").write_text("null\n")
+    assert "row 1: the row is null" in message_of(tmp_path, dataset=(str(tmp_path / "null.jsonl"),))
+    datasets.DatasetDict({"validation": datasets.Dataset.from_list(GOOD)}).save_to_disk(tmp_path / "splits")
+    assert "there is no such split; there are validation" in message_of(
+        tmp_path, dataset=(str(tmp_path / "splits"),)
+    )
 
 
 def test_templates_that_cannot_be_used(tmp_path):
     for template, expected in (
         ("{{ raise_exception('no system role') }}", "refuses these messages: no system role"),
         ("{% for %}", "refuses these messages"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "not with a special token"),
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}",
+            "does not end an assistant turn with a special token",
+        ),
     ):
         (tmp_path / "template.jinja").write_text(template)
         assert expected in message_of(tmp_path, chat_template=str(tmp_path / "template.jinja"))

@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 import trl
 from conftest import ASSETS, write_rows
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import AutoTokenizer
 
 from common import (
-    SFT_COLUMNS,
+    SFT_FEATURES,
     UserError,
     encode_messages,
     encode_sft,
@@ -33,15 +35,19 @@ TOOL = {"type": "function", "function": {"name": "look_up", "description": "d", 
 CALL = [{"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}]
 
 
+EMBEDDED = load_tokenizer(ASSETS / "model")
+
+
 def tokenizer_with(template):
-    """The embedded tokenizer under another chat template, whose control tokens become special tokens."""
+    """The embedded tokenizer under another chat template, whose control tokens are added as special tokens. As in most
+    tokenizers of the hub, they have no names beside bos and eos."""
     tokenizer = copy.deepcopy(AutoTokenizer.from_pretrained(ASSETS / "model"))
     control = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template)) | {
         "<s>",
         "</s>",
         "<|begin_of_text|>",
     }
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted(control)})
+    tokenizer.add_tokens(sorted(control), special_tokens=True)
     tokenizer.bos_token = (
         "<|begin_of_text|>" if "begin_of_text" in template or "eot_id" in template else "<s>"
     )
@@ -156,9 +162,9 @@ def test_earlier_turn_located_by_sentinel_where_no_prefix_of_the_conversation_is
 
 def test_turns_that_cannot_be_told_apart_are_an_error():
     tokenizer = tokenizer_with("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    with pytest.raises(UserError, match="not with a special token"):
+    with pytest.raises(UserError, match="does not end an assistant turn with a special token"):
         trained(tokenizer, chat("a", "b"))
-    with pytest.raises(UserError, match="does not render the tool calls"):
+    with pytest.raises(UserError, match="does not render all tool calls"):
         trained(
             stock("llama3"),
             [*chat("a"), {"role": "assistant", "content": "", "tool_calls": CALL}, *chat("b", "c")],
@@ -170,6 +176,79 @@ def test_turns_that_cannot_be_told_apart_are_an_error():
         trained(tokenizer_with(other_each_time), chat("a", "bb", "c", "d"))
 
 
+def test_answers_that_end_with_several_tokens_or_other_ones_before_more_turns():
+    both = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert trained(stock("cohere2"), chat("a", "One.", "b", "Two.")) == [f"One.{both}", f"Two.{both}"]
+    final = "<|channel|>final<|message|>"
+    assert trained(stock("gptoss"), chat("a", "One.", "b", "Two.")) == [
+        f"{final}One.<|end|>",
+        f"{final}Two.<|return|>",
+    ]
+    messages = [
+        *chat("a", ""),
+        {"role": "tool", "name": "look_up", "content": "r"},
+        {"role": "assistant", "content": "One."},
+    ]
+    messages[1]["tool_calls"] = CALL
+    assert [text[-8:] for text in trained(stock("gptoss"), messages, tools=[TOOL])] == [
+        "<|call|>",
+        "|return|>"[-8:],
+    ]
+
+
+def test_a_conversation_that_ends_with_the_user_trains_no_more_than_the_answers():
+    for name in ("phi3", "qwen2_5", "llama3", "gemma3"):
+        assert trained(stock(name), chat("a", "One.", "b")) == [f"One.{STOPS[name]}"]
+
+
+def test_turns_that_the_sentinel_locates_lose_no_letter():
+    tokenizer = stock("qwen3")
+    for answer in ("Zebra.", "Quagga.", "Z7probe7", "7"):
+        messages = [*chat("a", ""), {"role": "tool", "content": "r"}, {"role": "assistant", "content": answer}, *chat("b", "Two.")]  # fmt: skip
+        messages[1] |= {"tool_calls": CALL, "reasoning_content": "hm"}
+        assert trained(tokenizer, messages, tools=[TOOL])[1] == f"{answer}<|im_end|>"
+    # A second call without words, whose thinking Qwen3 strips once the user speaks again.
+    messages[3:4] = [{**messages[1]}, messages[2], messages[3]]
+    call = '<tool_call>\n{"name": "look_up", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+    assert trained(tokenizer, messages, tools=[TOOL])[:2] == [call, call]
+
+
+def test_tool_calls_in_the_dialect_of_the_template():
+    messages = [*chat("a", ""), {"role": "tool", "name": "look_up", "content": "r"}, *chat("", "One.")[1:]]
+    messages[1]["tool_calls"] = CALL
+    template = (TEMPLATES / "deepseekv3.jinja").read_text()
+    control = set(re.findall(r"<[^<>{}' ]+>", template))
+    tokenizer = copy.deepcopy(EMBEDDED)
+    tokenizer.add_tokens(sorted(control), special_tokens=True)
+    tokenizer.chat_template = template
+    null = [{**m, "content": m["content"] or None} for m in copy.deepcopy(messages)]
+    null[1]["tool_calls"][0]["function"]["arguments"] = '{"x": 1}'
+    ids, mask = encode_messages(tokenizer, messages, [1, 3])
+    assert ids == tokenizer.apply_chat_template(null, return_dict=True)["input_ids"]
+    first, second = re.findall(r"\[\[(.*?)\]\]", mark_trained(tokenizer, ids, mask), re.S)
+    assert 'look_up\n```json\n{"x": 1}' in first
+    assert second.startswith("One.<")
+
+
+def test_tokenizers_that_trim_offsets_give_the_same_mask():
+    trimming = copy.deepcopy(EMBEDDED)
+    trimming.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    code = chat("a", "def f():\n\n    return  1\n\n\n  x")
+    assert (
+        trimming("a  b", return_offsets_mapping=True)["offset_mapping"]
+        != EMBEDDED("a  b", return_offsets_mapping=True)["offset_mapping"]
+    )
+    assert encode_messages(trimming, code, [1]) == encode_messages(EMBEDDED, code, [1])
+    assert encode_text(trimming, "q:", "\n\n  a\n\n b") == encode_text(EMBEDDED, "q:", "\n\n  a\n\n b")
+
+
+def test_messages_of_weight_zero_are_not_trained():
+    messages = chat("a", "One.", "b", "Two.")
+    messages[1]["weight"] = 0
+    assert "One.<" in encoded_text({"messages": messages})
+    assert encoded_text({"messages": messages}).count("[[") == 1
+
+
 def test_no_second_bos_and_no_second_eos():
     tokenizer = stock("llama3")
     ids, _ = encode_messages(tokenizer, chat("a", "b"))
@@ -179,13 +258,12 @@ def test_no_second_bos_and_no_second_eos():
     plain = AutoTokenizer.from_pretrained(ASSETS / "model")
     once = encode_text(plain, "Q", "A")
     assert encode_text(plain, "Q", "A" + plain.eos_token) == once
+    assert encode_text(plain, "Q", f"A{plain.eos_token}\n") == once
     assert once[0][-1] == plain.eos_token_id
     assert once[1] == [False, True, True]
 
 
 def test_text_of_a_tokenizer_that_adds_bos_begins_with_one():
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = stock("mistral")
     bos = tokenizer.bos_token_id
     with_bos = copy.deepcopy(tokenizer)
@@ -200,8 +278,6 @@ def test_text_of_a_tokenizer_that_adds_bos_begins_with_one():
 
 
 # ---- Rows ------------------------------------------------------------------------------------------------------------
-
-EMBEDDED = load_tokenizer(ASSETS / "model")
 
 
 def encoded_text(row, **kwargs):
@@ -268,7 +344,7 @@ def test_too_long_rows():
 def prepared(tmp_path, rows, name="rows.jsonl", sources=None, **kwargs):
     path = write_rows(tmp_path / name, rows)
     encode = functools.partial(encode_sft, tokenizer=EMBEDDED, **{"max_length": 100, **kwargs})
-    return prepare_data(sources or (path,), encode, SFT_COLUMNS)
+    return prepare_data(sources or (path,), encode, SFT_FEATURES)
 
 
 def test_every_row_is_accounted_for(tmp_path):
@@ -277,7 +353,7 @@ def test_every_row_is_accounted_for(tmp_path):
     assert data["row"][:] == [1, 2, 4]
     assert report["rows"] == 5
     assert report["dropped"] == {"longer than --max-length 100": 1, "nothing to train": 1}
-    assert report["ignored_columns"] == {"id"}
+    assert report["unused"] == {"id"}
     with pytest.raises(UserError, match="no row is left to train of 1"):
         prepared(tmp_path, [{"messages": chat("a")}], "none.jsonl")
 
@@ -285,7 +361,7 @@ def test_every_row_is_accounted_for(tmp_path):
 def test_errors_name_the_first_bad_rows(tmp_path):
     rows = [{"messages": chat("a", "b")}] * 3 + [{"messages": [{"role": "robot", "content": "a"}]}] * 9
     with pytest.raises(
-        UserError, match=r"9 of 12 rows cannot be used.*\n  row 4: `messages\[0\]` has the role 'robot'"
+        UserError, match=r"9 of 12 rows cannot be used.*\n  row 4: `messages\[0\]` has the role .robot."
     ) as error:
         prepared(tmp_path, rows)
     assert str(error.value).count("\n") == 5
@@ -331,7 +407,7 @@ def test_rows_with_different_keys_are_not_mixed_up_by_arrow(tmp_path):
         "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
     )
     encode = functools.partial(encode_sft, tokenizer=tokenizer, loss_on="all", max_length=1000)
-    data, _ = prepare_data((write_rows(tmp_path / "rows.jsonl", rows),), encode, SFT_COLUMNS)
+    data, _ = prepare_data((write_rows(tmp_path / "rows.jsonl", rows),), encode, SFT_FEATURES)
     tools, one, last = zip(*(tokenizer.decode(row["input_ids"]).split("|") for row in data), strict=True)
     assert [json.loads(text) for text in tools] == [[TOOL], None, None]
     assert one == ("False", "True", "False")
@@ -343,6 +419,80 @@ def test_rows_with_different_keys_are_not_mixed_up_by_arrow(tmp_path):
     assert '"arguments": {"x": 1}' in last[2]
 
 
+def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
+    rows = [{"text": "2024-01-01"}, {"text": "2024-01-02"}]  # Arrow would make these timestamps
+    texts = [EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, rows)[0]]
+    assert texts == ["2024-01-01<|im_end|>", "2024-01-02<|im_end|>"]
+    call = [{"function": {"name": "f", "arguments": {"x": None, "y": 1}}}]  # a real null is kept
+    messages = [{"role": "assistant", "content": None, "tool_calls": call, "name": None}]
+    tokenizer = copy.deepcopy(EMBEDDED)
+    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
+    text = tokenizer.decode(encode_sft({"messages": messages}, tokenizer, loss_on="all")["input_ids"])
+    assert json.loads(text)["tool_calls"][0]["function"]["arguments"] == {"x": None, "y": 1}
+    assert "name" not in json.loads(text)
+
+
+def test_csv_files_as_spreadsheets_write_them(tmp_path):
+    rows = [{"prompt": "q", "completion": "NA"}, {"prompt": "q\n2", "completion": "054"}]
+    expected = prepared(tmp_path, rows)[0]["input_ids"][:]
+    text = '\r\n,prompt, completion\r\n0,q,NA\r\n\r\n1,"q\n2",054\r\n'
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8-sig", newline="")
+    data, report = prepared(tmp_path, rows, "other.jsonl", sources=(str(tmp_path / "rows.csv"),))
+    assert data["input_ids"][:] == expected
+    assert data["row"][:] == [1, 2]
+    assert report["unused"] == {"''"}
+
+
+def test_first_thousand_rows_dropped(tmp_path):
+    rows = [{"text": "x" * 200}] * 1200 + [{"text": "abc"}]
+    data, report = prepared(tmp_path, rows)
+    assert data["row"][:] == [1201]
+    assert report["dropped"] == {"longer than --max-length 100": 1200}
+
+
+def test_row_numbers_are_line_numbers(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('\n{"text": "abc"}\n\n{"text": 5}\n')
+    encode = functools.partial(encode_sft, tokenizer=EMBEDDED)
+    with pytest.raises(UserError, match="row 4: `text` is 5"):
+        prepare_data((str(tmp_path / "rows.jsonl"),), encode, SFT_FEATURES)
+
+
+def test_stop_id_is_what_ends_the_training_tokens():
+    stop = EMBEDDED.convert_tokens_to_ids("<|im_end|>")
+    messages = {"messages": chat("a", "One.")}
+    for loss_on in ("auto", "all"):  # under "all" a newline follows the end of the turn
+        assert encode_sft(messages, EMBEDDED, loss_on=loss_on)["stop_id"] == stop
+    assert encode_sft({"text": "abc"}, EMBEDDED)["stop_id"] == EMBEDDED.eos_token_id
+    assert encode_sft(messages, EMBEDDED, max_length=12, overflow="truncate", loss_on="all")["stop_id"] == -1
+    assert encode_sft({"input_ids": [5, 6]}, EMBEDDED)["stop_id"] == -1
+
+
+def test_a_changed_file_or_tokenizer_is_tokenized_again(tmp_path):
+    first, _ = prepared(tmp_path, [{"text": "one"}])
+    stamp = (tmp_path / "rows.jsonl").stat()
+    write_rows(tmp_path / "rows.jsonl", [{"text": "two"}])
+    os.utime(tmp_path / "rows.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    encode = functools.partial(encode_sft, tokenizer=copy.deepcopy(EMBEDDED))
+    second, _ = prepare_data((str(tmp_path / "rows.jsonl"),), encode, SFT_FEATURES)
+    assert first["input_ids"][:] != second["input_ids"][:]
+    encode.keywords["tokenizer"].eos_token = "<|im_start|>"
+    third, _ = prepare_data((str(tmp_path / "rows.jsonl"),), encode, SFT_FEATURES)
+    assert third["input_ids"][0][-1] == EMBEDDED.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_digests_tell_rows_and_masks_apart(tmp_path):
+    ids = [5, 6, 7]
+    rows = [
+        {"input_ids": ids},
+        {"input_ids": ids, "labels": [-100, -100, 7]},
+        {"input_ids": [5, 6, 8]},
+        {"input_ids": ids},
+    ]
+    digests = prepared(tmp_path, rows)[0]["digest"][:]
+    assert len(set(digests)) == 3
+    assert digests[0] == digests[3]
+
+
 def test_cache_knows_its_inputs(tmp_path):
     rows = [{"messages": chat("a", "b")}]
     plain = prepared(tmp_path, rows)[0]["num_targets"][:]
@@ -352,6 +502,6 @@ def test_cache_knows_its_inputs(tmp_path):
 
 
 def test_marking_shows_exactly_the_mask():
-    ids = EMBEDDED("abcd")["input_ids"]
-    assert mark_trained(EMBEDDED, ids, [True, False, False, True]).count("[[") == 2
-    assert mark_trained(EMBEDDED, ids, np.zeros(len(ids), bool)) == "abcd"
+    ids = EMBEDDED("1234")["input_ids"]
+    assert mark_trained(EMBEDDED, ids, [True, False, False, True]) == "[[1]]23[[4]]"
+    assert mark_trained(EMBEDDED, ids, np.zeros(len(ids), bool)) == "1234"
