@@ -16,6 +16,7 @@ import heapq
 import itertools
 import json
 import math
+import operator
 import os
 import random
 import re
@@ -158,6 +159,8 @@ def parse_row(text):
     """The JSON text of a row -> dict."""
     try:
         row = json.loads(text)
+        if rb"\ud" in text:  # an escape that may be half of a character
+            json.dumps(row, ensure_ascii=False).encode()
     except ValueError as error:  # not JSON, or not UTF-8
         raise UserError(f"the row is not JSON ({error}); fix or remove it") from error
     if not isinstance(row, dict):
@@ -753,8 +756,8 @@ def wait_for_lock(path, purpose):
 def mark_trained(tokenizer, ids, mask):
     """One example as text, what is trained between [[ and ]]."""
     text = ""
-    for trained, run in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: bool(pair[1])):
-        piece = tokenizer.decode([token for token, _ in run])
+    for trained, run in itertools.groupby(zip(map(bool, mask), ids, strict=True), key=operator.itemgetter(0)):
+        piece = tokenizer.decode([token for _, token in run])
         text += f"[[{piece}]]" if trained else piece
     return text
 

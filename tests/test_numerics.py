@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from types import MethodType
 
@@ -158,6 +159,13 @@ def test_split_batch_places_every_document_once(world_size, alone):
     assert max(loads) - min(loads) <= 0.1 * sum(lengths)
 
 
+def test_split_batch_of_a_whole_evaluation_set_is_quick():
+    began = time.perf_counter()
+    (plan,) = split_batch([5000] * 4000, 1, 8192)
+    assert time.perf_counter() - began < 5  # 0.3 s; a minute when the count grew by one
+    assert len(plan) <= 4100
+
+
 def test_collate_aligns_labels_with_the_position_that_predicts_them():
     first, second = (
         (np.array([5, 6, 7]), np.array([False, False, True])),
@@ -226,6 +234,20 @@ def test_padded_batches_and_generation_still_work_with_varlen():
         model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation=attention)
         outputs.append(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_several_new_tokens_after_a_cache(window):
+    """A prompt read in two parts gives the logits of the prompt read at once."""
+    model = embedded_model()
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
+    ids_BT = torch.arange(20, 32)[None]
+    with torch.no_grad():
+        whole = model(input_ids=ids_BT, use_cache=False).logits[0, -1]
+        cache = model(input_ids=ids_BT[:, :7], use_cache=True).past_key_values
+        parts = model(input_ids=ids_BT[:, 7:], past_key_values=cache, use_cache=True).logits[0, -1]
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
 ARCHITECTURES = {
