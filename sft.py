@@ -142,8 +142,8 @@ class Args:
     LoRA."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     """Decay after warm-up, to 0 at the last step; wsd is constant, then linear over the last fifth."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly from 0."""
+    warmup_steps: float = 0.05
+    """Steps over which the learning rate rises linearly from 0; below 1, a share of all steps."""
     weight_decay: float = 0.0
     """AdamW's decay, on matrices only."""
     adam_beta1: float = 0.9
@@ -332,6 +332,8 @@ class ChunkedLogProbs(torch.autograd.Function):
             torch.mm(grad_CV, weight_VD, out=grad_hidden_ND[rows])
             if want_weight and grad_CV.dtype == torch.float32:
                 grad_weight_VD.addmm_(grad_CV.T, hidden_ND[rows])
+            elif want_weight and grad_CV.is_cuda:
+                grad_weight_VD += torch.mm(grad_CV.T, hidden_ND[rows], out_dtype=torch.float32)
             elif want_weight:
                 grad_weight_VD += grad_CV.T @ hidden_ND[rows]
         return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
@@ -848,24 +850,21 @@ def add_neftune(embedding, alpha):
 
 
 @torch.no_grad()
-def evaluate(policy, data, plan, device, caught_signals):
-    """Metrics over all of `data`, every token and example counted once. None if stopped by a signal."""
+def evaluate(policy, data, num_targets, plan, device, caught_signals):
+    """Metrics over all of `data` and its `num_targets` trained tokens. None if stopped by a signal."""
     policy.eval()
-    sums = torch.zeros(5, dtype=torch.float64, device=device)  # loss, hits, tokens, exact examples, examples
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, arg-max hits, exact examples
     for rows in plan[dist.get_rank()]:
         if any_rank(caught_signals):
             return None
         batch = collate(documents(data, rows), device)
         stats = causal_lm(policy).token_stats(batch)
         wrong_B = sums.new_zeros(len(rows)).index_add_(0, batch.documents_N, (~stats.is_top1_N).to(sums))
-        counts = sums.new_tensor([len(batch.labels_N), 0, len(rows)])
-        sums[:2] += torch.stack([-stats.logps_N.sum(), stats.is_top1_N.sum()])
-        sums[2:] += counts
-        sums[3] += (wrong_B == 0).sum()
+        sums += torch.stack([-stats.logps_N.sum(), stats.is_top1_N.sum(), (wrong_B == 0).sum()])
     dist.all_reduce(sums)
     policy.train()
-    loss, hits, tokens, exact, examples = sums.tolist()
-    return dict(zip(EVAL_METRICS, (loss / tokens, hits / tokens, exact / examples), strict=True))
+    loss, hits, exact = sums.tolist()
+    return dict(zip(EVAL_METRICS, (loss / num_targets, hits / num_targets, exact / len(data)), strict=True))
 
 
 def main(args):
@@ -890,11 +889,12 @@ def main(args):
     lengths, num_targets = row_lengths(data, args), np.array(data["num_targets"])
     if args.eval_dataset:
         eval_data, eval_report = prepare(args.eval_dataset, split=args.eval_split)
-        eval_lengths = row_lengths(eval_data, args)
+        eval_lengths, eval_targets = row_lengths(eval_data, args), sum(eval_data["num_targets"])
     steps_per_epoch = math.ceil(len(data) / args.batch_size)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
     if args.warmup_steps >= total_steps:
-        raise UserError(f"--warmup-steps {args.warmup_steps} leaves nothing of the {total_steps} steps")
+        raise UserError(f"--warmup-steps {args.warmup_steps:g} leaves nothing of the {total_steps} steps")
+    warmup_steps = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * total_steps)
 
     # ---- Model and optimizer ----
     # --- shared: init ---
@@ -954,7 +954,7 @@ def main(args):
         due = step in (0, total_steps) or (args.eval_every and step % args.eval_every == 0)
         if not args.eval_dataset or not due or any_rank(step in log.evals):
             return
-        if metrics := evaluate(policy, eval_data, eval_plan, device, caught_signals):
+        if metrics := evaluate(policy, eval_data, eval_targets, eval_plan, device, caught_signals):
             log.evals[step] = metrics
             log.write({"step": step, **metrics})
             bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -969,7 +969,7 @@ def main(args):
         rows = epoch_order(len(data), args.seed, epoch)[first : first + args.batch_size]
         plan = split_batch(lengths[rows].tolist(), world_size, args.micro_batch_tokens, not packable)
         step_targets, step_tokens = int(num_targets[rows].sum()), int(lengths[rows].sum())  # over all ranks
-        learning_rate = args.learning_rate * lr_factor(step, total_steps, args.warmup_steps, args.lr_schedule)
+        learning_rate = args.learning_rate * lr_factor(step, total_steps, warmup_steps, args.lr_schedule)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
 
