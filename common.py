@@ -839,7 +839,7 @@ def collate(documents, device="cpu"):
         },
         positions_N=to_device(targets_N - 1),
         labels_N=to_device(ids_T[targets_N]),
-        documents_N=documents_T[targets_N],
+        documents_N=to_device(documents_T[targets_N]),
         num_tokens=real,
     )
 

@@ -61,7 +61,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
 from common import (
     SFT_FEATURES,
@@ -70,6 +70,7 @@ from common import (
     encode_sft,
     load_tokenizer,
     mark_trained,
+    parse_source,
     prepare_data,
     split_batch,
 )
@@ -291,9 +292,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         for rows, logits_CV, probs_CV in ChunkedLogProbs.chunks(hidden_ND, weight_VD, buffers=2):
             ChunkedLogProbs.logits(hidden_ND[rows], weight_VD, bias_V, head, logits_CV)
             torch.softmax(logits_CV, -1, out=probs_CV)
-            top_C, label_C = logits_CV.amax(-1), logits_CV.gather(1, labels_N[rows, None]).squeeze(1)
-            lse_N[rows] = top_C - probs_CV.amax(-1).log()  # the arg-max has probability exp(top - lse)
-            logps_N[rows], is_top1_N[rows] = label_C - lse_N[rows], label_C == top_C
+            label_C1, best_C1 = labels_N[rows, None], logits_CV.argmax(-1, keepdim=True)
+            lse_C1 = logits_CV.gather(1, best_C1) - probs_CV.gather(1, best_C1).log()  # log p = logit - lse
+            lse_N[rows] = lse_C1.squeeze(1)
+            logps_N[rows] = (logits_CV.gather(1, label_C1) - lse_C1).squeeze(1)
+            is_top1_N[rows] = (label_C1 == best_C1).squeeze(1)
             entropy_N[rows] = lse_N[rows] - torch.bmm(probs_CV[:, None], logits_CV[:, :, None]).flatten()
             if want_mean:
                 mean_N[rows] = logits_CV.mean(-1) - lse_N[rows]
@@ -351,8 +354,8 @@ def token_stats(self, batch, temperature=1.0, want_mean=False, want_aux_loss=Fal
     head = Head(scale, getattr(config, "final_logit_softcapping", None) or 0.0, temperature)
     extra = {"output_router_logits": True} if want_aux_loss else {}
     outputs = self.base_model(**batch.inputs, **extra)
-    hidden_ND = outputs.last_hidden_state[0].index_select(0, batch.positions_N)
     lm_head = self.get_output_embeddings()
+    hidden_ND = outputs.last_hidden_state[0].index_select(0, batch.positions_N).to(lm_head.weight.dtype)
     stats = ChunkedLogProbs.apply(hidden_ND, lm_head.weight, lm_head.bias, batch.labels_N, head, want_mean)
     aux_loss = None
     if want_aux_loss:  # the load-balancing loss of this micro-batch, by the architecture's own function
@@ -406,7 +409,7 @@ def describe(name, data, report, lengths):
 
 def check_shared_args(args):
     """Refuse, before anything is loaded, values out of range and flags that the chosen mode would ignore."""
-    bounds = {"above 0": lambda value: value > 0, "0 or more": lambda value: value >= 0,
+    bounds = {"above 0": lambda value: 0 < value < 2**63, "0 or more": lambda value: 0 <= value < 2**63,
               "at least 0 and below 1": lambda value: 0 <= value < 1}  # fmt: skip
     fields = {
         "above 0": "batch_size micro_batch_tokens epochs max_steps max_length learning_rate lora_alpha "
@@ -419,7 +422,8 @@ def check_shared_args(args):
             value = getattr(args, name)
             if value is not None and not bounds[bound](value):
                 raise UserError(f"{flag(name)} is {value}; it must be {bound}")
-    for name, default in asdict(type(args)()).items():
+    defaults = asdict(type(args)())
+    for name, default in defaults.items():
         needs_lora = name.startswith("lora_") or name == "load_in_4bit"
         if needs_lora and args.lora_rank == 0 and getattr(args, name) != default:
             raise UserError(f"{flag(name)} needs adapters: add --lora-rank 16, or leave it out")
@@ -427,14 +431,26 @@ def check_shared_args(args):
         raise UserError("--lora-targets lm_head is refused: log-probs are computed in chunks from its weight")
     if not args.dataset:
         raise UserError("--dataset is empty; name at least one file, directory or hub id")
-    if args.dataset_config and any(Path(source).exists() for source in args.dataset):
+    given = asdict(args)
+    for name, sources in (("dataset_split", args.dataset), ("eval_split", args.eval_dataset)):
+        if given[name] != defaults[name] and all(
+            Path(parse_source(source)[0]).is_file() for source in sources
+        ):
+            raise UserError(f"{flag(name)} {given[name]} does not apply to files; leave it out")
+    if args.dataset_config and any(Path(parse_source(source)[0]).exists() for source in args.dataset):
         raise UserError(f"--dataset-config {args.dataset_config} applies to hub datasets only; leave it out")
+    if args.run_name and args.wandb == "disabled":
+        raise UserError("--run-name is the run's name in wandb, which is disabled; leave it out")
     if args.batch_size < (ranks := int(os.environ.get("WORLD_SIZE", 1))):
         raise UserError(f"--batch-size {args.batch_size} is below the number of ranks, {ranks}; raise it")
     if args.resume and not args.output_dir:
         raise UserError("--resume needs --output-dir, the directory of the run to continue")
-    if args.output_dir and not args.resume and (Path(args.output_dir) / "args.json").exists():
+    output_dir = Path(args.output_dir or "runs").absolute()
+    if args.output_dir and not args.resume and (output_dir / "args.json").exists():
         raise UserError(f"--output-dir {args.output_dir} holds a run already; add --resume, or name another")
+    existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise UserError(f"--output-dir {output_dir} cannot be written: {existing} is no writable directory")
 
 
 def flag(name):
@@ -498,9 +514,20 @@ def load_policy(args, config, device):
             trust_remote_code=args.trust_remote_code,
             device_map={"": device} if quantization else None,
         )
-    except (OSError, ValueError, ImportError) as error:
-        message = f"--model {args.model} cannot be loaded with --attention {args.attention}: {error}"
-        raise UserError(message) from error
+    except Exception as error:  # hub, file and format errors alike
+        raise UserError(
+            f"--model {args.model} cannot be loaded with --attention {args.attention}: {error}; if it is the "
+            "attention that it lacks, try eager or sdpa"
+        ) from error
+    for module in policy.modules():  # bitsandbytes would repack weights in eval, for good: gradients go wrong
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:  # it could not be saved at the end: keep only what is certain
+        kept = ("bos_token_id", "eos_token_id", "pad_token_id")
+        kept = {name: getattr(policy.generation_config, name) for name in kept}
+        policy.generation_config = GenerationConfig(**kept)
     if args.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
@@ -514,12 +541,29 @@ def load_policy(args, config, device):
         use_rslora=args.lora_rslora,
         task_type="CAUSAL_LM",
     )
+    names = [name for name, _ in policy.named_modules()]
+    linear = {name.split(".")[-1] for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
+    for target in args.lora_targets:
+        if args.lora_targets != ("all-linear",) and not any(
+            f".{name}".endswith(f".{target}") for name in names
+        ):
+            raise UserError(
+                f"--lora-targets {target} matches no module. The model has {', '.join(sorted(linear))}; "
+                "all-linear, which takes all of these but lm_head, stands alone"
+            )
     try:
-        return get_peft_model(policy, lora)
+        policy = get_peft_model(policy, lora)
     except ValueError as error:
-        linear = {name.split(".")[-1] for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
-        names = f"--lora-targets {' '.join(args.lora_targets)}"
-        raise UserError(f"{names}: {error}. The model has {', '.join(sorted(linear))}") from error
+        raise UserError(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from error
+    embedding = policy.get_base_model().get_input_embeddings()
+    if (
+        args.lora_merge
+        and policy.config.tie_word_embeddings
+        and not isinstance(embedding, torch.nn.Embedding)
+    ):
+        raise UserError("--lora-merge would change the output head too, which is tied to the embeddings; "
+                        "leave it out, or take other --lora-targets")  # fmt: skip
+    return policy
 
 
 def causal_lm(policy):
@@ -552,30 +596,44 @@ def shard(policy, args, device, forward_methods):
 def self_check(policy, device, dtype):
     """Compare log-probs with the model's own forward, on two short documents -> whether they can be packed.
 
-    Raises UserError if those of a document alone differ: then token_stats does not know what the architecture
-    does between hidden states and logits. Where only packing differs, each document must have its own row.
+    Raises UserError if a later token changes those before it (the architecture does not honour --attention),
+    or if the log-probs of a document alone differ from the model's own: then token_stats does not know what
+    the architecture does between hidden states and logits. Where only packing differs, or one document
+    changes the other, each must have its own row.
     """
     model, tolerance = causal_lm(policy), 1e-3 if dtype == torch.float32 else 0.2
-    text, generator = model.config.get_text_config(), torch.Generator().manual_seed(0)
-    pair = [(torch.randint(text.vocab_size, (n,), generator=generator).numpy(), np.ones(n)) for n in (7, 12)]
-    policy.eval()
-    packed_N = model.token_stats(collate(pair, device)).logps_N
-    alone_N = torch.cat([model.token_stats(collate([document], device)).logps_N for document in pair])
-    expected = []
-    for ids, _ in pair:
+    name, text = model.config.model_type, model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(text.vocab_size, (n,), generator=generator).numpy() for n in (7, 12))
+
+    def log_probs(*documents):
+        return model.token_stats(collate([(ids, np.ones(len(ids))) for ids in documents], device)).logps_N
+
+    def own_log_probs(ids):
         ids_BT = torch.from_numpy(ids).to(device)[None]
         logps_TV = model(input_ids=ids_BT, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-        expected.append(logps_TV.gather(1, ids_BT[0, 1:, None]).squeeze(1))
+        return logps_TV.gather(1, ids_BT[0, 1:, None]).squeeze(1)
+
+    policy.eval()
+    packed_N, alone_N = log_probs(first, second), torch.cat([log_probs(first), log_probs(second)])
+    expected_N = torch.cat([own_log_probs(first), own_log_probs(second)])
+    other_end, other_first = second.copy(), (first + 1) % text.vocab_size
+    other_end[-1] = (second[-1] + 1) % text.vocab_size
+    # What a token cannot see changes its log-prob by nothing at all, whatever the dtype rounds.
+    leak_back = (log_probs(second) - log_probs(other_end))[:-1].abs().max().item()
+    leak_across = (packed_N - log_probs(other_first, second))[len(first) - 1 :].abs().max().item()
     policy.train()
-    expected_N = torch.cat(expected)
+    if leak_back > 1e-5:
+        raise UserError(f"{name} lets tokens see later ones with this --attention; use --attention eager")
     if (error := (alone_N - expected_N).abs().max().item()) > tolerance:
         raise UserError(
-            f"{model.config.model_type}: log-probs from hidden states differ from its own by {error:.3g}; "
+            f"{name}: log-probs from hidden states differ from its own by {error:.3g}; "
             "it transforms logits in a way that token_stats lacks: add it there"
         )
     rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
     length_dependent = "longrope" in rope or "dynamic" in rope  # which two short documents do not show
-    return (packed_N - expected_N).abs().max().item() <= tolerance and not length_dependent
+    same = (packed_N - expected_N).abs().max().item() <= tolerance and leak_across <= 1e-5
+    return same and not length_dependent
 
 
 def make_optimizer(args, parameters):
@@ -654,6 +712,10 @@ def complete_checkpoints(output_dir):
 
 def training_state(policy, optimizer):
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINABLE)
+    trained = {
+        name for name, weight in policy.named_parameters(remove_duplicate=False) if weight.requires_grad
+    }
+    model_state = {name: weight for name, weight in model_state.items() if name in trained}
     return {"model": model_state, "optimizer": optimizer_state}
 
 
@@ -661,10 +723,11 @@ def save_checkpoint(output_dir, progress, policy, optimizer, keep):
     """Write checkpoint-<step> aside, then rename it: complete or absent. Delete all but the newest `keep`."""
     final = output_dir / f"checkpoint-{progress['step']:08d}"
     aside, rank = output_dir / f".{final.name}.partial", dist.get_rank()
-    if final.exists():
+    if final in complete_checkpoints(output_dir):
         return
     if rank == 0:
-        shutil.rmtree(aside, ignore_errors=True)
+        for rest in (final, *output_dir.glob(".checkpoint-*.partial")):  # of runs that were killed
+            shutil.rmtree(rest, ignore_errors=True)
     dist.barrier()
     try:
         dcp.save(training_state(policy, optimizer), checkpoint_id=aside)
@@ -675,32 +738,44 @@ def save_checkpoint(output_dir, progress, policy, optimizer, keep):
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         kept = ", ".join(path.name for path in complete_checkpoints(output_dir)) or "none"
-        if isinstance(error, CheckpointException):  # its own text is the traceback of every rank
-            error = next(iter(error.failures.values()))[0]
         raise UserError(
-            f"the checkpoint of step {progress['step']} cannot be written to {output_dir}: {error}. Is the "
-            f"disk full? Complete are: {kept}. Free space, then --resume"
+            f"the checkpoint of step {progress['step']} cannot be written to {output_dir}: "
+            f"{first_failure(error)}. Is the disk full? Complete are: {kept}. Free space, then --resume"
         ) from error
     if rank == 0:
         for old in complete_checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(output_dir / f".{old.name}.partial"))
     dist.barrier()
+
+
+def first_failure(error):
+    """What went wrong on the first rank that failed: DCP's own text is the traceback of every rank."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
 def load_checkpoint(path, policy, optimizer):
     """Restore weights and optimizer in place, on any number of ranks -> the saved progress."""
     state = training_state(policy, optimizer)
-    dcp.load(state, checkpoint_id=path)
+    try:
+        dcp.load(state, checkpoint_id=path)
+        progress = json.loads((path / "progress.json").read_text())
+    except (OSError, ValueError, CheckpointException) as error:
+        raise UserError(
+            f"{path} cannot be read ({first_failure(error)}); delete it to resume from the one before"
+        ) from error
     both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(policy, optimizer, **both, options=TRAINABLE)
-    return json.loads((path / "progress.json").read_text())
+    return progress
 
 
 def check_resumable(output_dir, args, data_digest):
     """Refuse to resume a run whose flags or data would make it another training."""
     if not (output_dir / "args.json").exists():
         return
-    before, now = json.loads((output_dir / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
+    try:
+        before, now = json.loads((output_dir / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
+    except ValueError as error:
+        raise UserError(f"--resume: {output_dir / 'args.json'} is no JSON: {error}") from error
     changed = [name for name in now if name not in RUN_FLAGS and before["args"].get(name) != now[name]]
     if changed:
         lines = "\n".join(
@@ -778,39 +853,51 @@ class RunLog:
 
 
 def export(args, output_dir, policy, tokenizer, stop_ids, dtype):
-    """Write final/: the model in the type it computed in, or its adapter, or both merged; and the tokenizer.
+    """Write final/ -> its path, and what went wrong, or None: the same on every rank."""
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=args.lora_rank > 0
+    )
+    weights = get_model_state_dict(policy, options=options)  # every rank takes part
+    final, aside, problem = output_dir / "final", output_dir / ".final.partial", [None]
+    if dist.get_rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            write_model(args, aside, policy, weights, stop_ids, dtype)
+            tokenizer.save_pretrained(aside)
+            shutil.rmtree(final, ignore_errors=True)
+            aside.rename(final)
+        except Exception as error:  # other ranks wait: all of them must learn of it
+            problem = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(problem)
+    return final, problem[0]
+
+
+def write_model(args, path, policy, weights, stop_ids, dtype):
+    """Save the model in the type it computed in, or its adapter, or both merged.
 
     stop_ids, the tokens trained to end a turn, join the generation config's EOS ids: generation stops there.
     """
-    final, aside, model = output_dir / "final", output_dir / ".final.partial", causal_lm(policy)
-    options = {"full_state_dict": True, "cpu_offload": True, "ignore_frozen_params": args.lora_rank > 0}
-    state = get_model_state_dict(policy, options=StateDictOptions(**options))  # every rank takes part
-    if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        if args.lora_rank:
-            policy.save_pretrained(aside, state_dict=state)
-        else:
-            model.config.dtype = dtype
-            names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-            tied = names - {name for name, _ in model.named_parameters()}  # saved once, under the first name
-            weights = {name: weight.to(dtype) for name, weight in state.items() if name not in tied}
-            model.save_pretrained(aside, state_dict=weights)
-        if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-            options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
-            base = AutoModelForCausalLM.from_pretrained(args.model, **options)
-            merged = PeftModel.from_pretrained(base, aside).merge_and_unload()
-            shutil.rmtree(aside)
-            merged.save_pretrained(aside)
-        generation = model.generation_config
-        eos = generation.eos_token_id
-        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-        generation.eos_token_id = eos + [token for token in stop_ids if token not in eos]
-        generation.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-    dist.barrier()
-    return final
+    model = causal_lm(policy)
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    model.generation_config.eos_token_id = eos + [token for token in stop_ids if token not in eos]
+    if args.lora_rank:
+        policy.save_pretrained(path, state_dict=weights)
+        model.generation_config.save_pretrained(path)
+    else:
+        model.config.dtype = dtype
+        names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        tied = names - {name for name, _ in model.named_parameters()}  # saved once, under the first name
+        weights = {name: weight.to(dtype) for name, weight in weights.items() if name not in tied}
+        model.save_pretrained(path, state_dict=weights)
+    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
+        base = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
+        )
+        merged = PeftModel.from_pretrained(base, path).merge_and_unload()
+        merged.generation_config = model.generation_config
+        shutil.rmtree(path)
+        merged.save_pretrained(path)
 
 
 # ---- Main --------------------------------------------------------------------------------------------------
@@ -822,8 +909,9 @@ def check_args(args):
         raise UserError("--label-smoothing applies to --loss-type nll only; leave one of them out")
     if not 0 <= args.label_smoothing < 1:
         raise UserError(f"--label-smoothing is {args.label_smoothing}; it must be at least 0 and below 1")
-    if args.neftune_alpha < 0 or (args.router_aux_loss_coef or 0) < 0:
-        raise UserError("--neftune-alpha and --router-aux-loss-coef must be 0 or more")
+    for name in ("neftune_alpha", "router_aux_loss_coef"):
+        if not 0 <= (getattr(args, name) or 0) < math.inf:
+            raise UserError(f"{flag(name)} is {getattr(args, name)}; it must be 0 or more")
 
 
 def router_aux_coef(args, config):
@@ -986,7 +1074,7 @@ def main(args):
             stats = model.token_stats(batch, want_mean=args.label_smoothing > 0, want_aux_loss=aux_coef > 0)
             losses_N = sft_loss(stats.logps_N, stats.mean_logps_N, args.loss_type, args.label_smoothing)
             loss = losses_N.sum() / step_targets
-            if aux_coef:
+            if aux_coef > 0:
                 aux_loss = stats.aux_loss * (batch.num_tokens / step_tokens)
                 loss = loss + aux_coef * aux_loss
                 sums[3] += aux_loss.detach()
@@ -1027,15 +1115,21 @@ def main(args):
         if progress["step"]:
             save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints)
         if rank == 0:
-            print(f"stopped by a signal after step {progress['step']} of {total_steps}, which is saved")
+            kept = "which is saved" if progress["step"] else "nothing to save yet"
+            print(f"stopped by a signal after step {progress['step']} of {total_steps}, {kept}")
             print(f"to go on, give the same flags with --output-dir {output_dir} --resume")
     else:
-        final = export(args, output_dir, policy, tokenizer, stop_ids, dtype)
+        final, problem = export(args, output_dir, policy, tokenizer, stop_ids, dtype)
+        if problem:
+            save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints)
+            raise UserError(
+                f"{final} cannot be written: {problem}. Training is saved; mend it, then --resume"
+            )
         if rank == 0:
-            for name in EVAL_METRICS if args.eval_dataset else ():
+            for name in EVAL_METRICS if {0, total_steps} <= log.evals.keys() else ():
                 before, after = log.evals[0][name], log.evals[total_steps][name]
                 print(f"{name:<24} {before:.4f} before training, {after:.4f} after {total_steps} steps")
-            print(f"the model is in {final}")
+            print(f"the model is in {final}; its answers end with {tokenizer.decode(stop_ids) or 'nothing'}")
     log.finish()
     dist.destroy_process_group()
 

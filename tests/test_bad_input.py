@@ -8,7 +8,7 @@ from dataclasses import replace
 import datasets
 import pytest
 from conftest import ASSETS, run, write_rows
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import sft
 from common import UserError
@@ -78,8 +78,18 @@ FLAGS = {  # flags -> the message
     "over the micro-batch": ({"micro_batch_tokens": 8}, r"row \d+ of .* has \d+ tokens, .* the smallest value that works is"),
     "LoRA flag without LoRA": ({"lora_alpha": 8.0}, r"--lora-alpha needs adapters: add --lora-rank 16"),
     "4 bits without LoRA": ({"load_in_4bit": True}, r"--load-in-4bit needs adapters"),
+    "several LoRA targets, one unknown": ({"lora_rank": 4, "lora_targets": ("q_proj", "c_attn")}, r"--lora-targets c_attn matches no module"),
+    "all-linear among others": ({"lora_rank": 4, "lora_targets": ("all-linear", "embed_tokens")}, r"all-linear, which takes all of these but lm_head, stands alone"),
+    "split of a file": ({"dataset_split": "half"}, r"--dataset-split half does not apply to files"),
+    "split of no evaluation": ({"eval_split": "half"}, r"--eval-split half does not apply to files"),
+    "name of a run that wandb does not see": ({"run_name": "mine"}, r"--run-name is the run's name in wandb, which is disabled"),
+    "output directory below a file": ({"output_dir": str(ASSETS / "messages.jsonl" / "run")}, r"messages.jsonl is no writable directory"),
+    "seed beyond 64 bits": ({"seed": 2**64}, r"--seed is 18446744073709551616; it must be 0 or more"),
+    "infinite learning rate": ({"learning_rate": float("inf")}, r"--learning-rate is inf; it must be above 0"),
+    "noise that is not a number": ({"neftune_alpha": float("nan")}, r"--neftune-alpha is nan; it must be 0 or more"),
+    "router loss that is not a number": ({"router_aux_loss_coef": float("nan")}, r"--router-aux-loss-coef is nan"),
     "LoRA on the head": ({"lora_rank": 4, "lora_targets": ("lm_head",)}, r"--lora-targets lm_head is refused"),
-    "no such LoRA target": ({"lora_rank": 4, "lora_targets": ("c_attn",)}, r"--lora-targets c_attn: .* The model has down_proj, "),
+    "no such LoRA target": ({"lora_rank": 4, "lora_targets": ("c_attn",)}, r"--lora-targets c_attn matches no module. The model has down_proj, "),
     "resume of nothing": ({"resume": True}, r"--resume needs --output-dir"),
     "smoothing of dft": ({"loss_type": "dft", "label_smoothing": 0.1}, r"--label-smoothing applies to --loss-type nll only"),
     "router loss without experts": ({"router_aux_loss_coef": 0.1}, r"--router-aux-loss-coef needs a mixture of experts"),
@@ -92,9 +102,11 @@ FLAGS = {  # flags -> the message
 
 def message_of(tmp_path, **flags):
     output_dir = tmp_path / "run"
-    flags = {"eval_dataset": (), "wandb": "disabled", "max_steps": 1, **flags}
+    args = sft.Args(output_dir=None if flags.get("resume") else str(output_dir))
     with pytest.raises(UserError) as error:
-        sft.main(replace(sft.Args(output_dir=None if flags.get("resume") else str(output_dir)), **flags))
+        sft.main(replace(args, **{"eval_dataset": (), "wandb": "disabled", "max_steps": 1, **flags}))
+    if sft.dist.is_initialized():
+        sft.dist.destroy_process_group()
     assert not output_dir.exists(), "something was written"
     return str(error.value)
 
@@ -172,6 +184,28 @@ def test_models_that_cannot_be_used(tmp_path):
     shutil.copytree(ASSETS / "model", tmp_path / "no_template")
     (tmp_path / "no_template" / "chat_template.jinja").unlink()
     assert "give one by --chat-template" in message_of(tmp_path, model=str(tmp_path / "no_template"))
+
+
+def test_models_that_cannot_be_trained_so(tmp_path):
+    sizes = {"vocab_size": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 512}
+    shutil.copytree(ASSETS / "model", tmp_path / "gptj")
+    config = AutoConfig.for_model("gptj", **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gptj")
+    message = message_of(tmp_path, model=str(tmp_path / "gptj"))
+    assert "cannot be loaded with --attention varlen: 'varlen'" in message
+    assert "try eager or sdpa" in message
+    shutil.copytree(ASSETS / "model", tmp_path / "tied")
+    edit_json(tmp_path / "tied" / "config.json", tie_word_embeddings=True)
+    flags = {"lora_rank": 4, "lora_targets": ("embed_tokens",), "lora_merge": True}
+    assert "would change the output head too" in message_of(tmp_path, model=str(tmp_path / "tied"), **flags)
+    shutil.copytree(ASSETS / "model", tmp_path / "cut")
+    weights = (ASSETS / "model" / "model.safetensors").read_bytes()
+    (tmp_path / "cut" / "model.safetensors").write_bytes(weights[:-1000])
+    assert "cannot be loaded" in message_of(tmp_path, model=str(tmp_path / "cut"))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 def test_a_batch_smaller_than_the_world(tmp_path, monkeypatch):

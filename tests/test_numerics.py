@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ASSETS, ROOT
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.trainer_pt_utils import LabelSmoother
 
 import sft
@@ -263,11 +263,13 @@ ARCHITECTURES = {
     "mamba": {"hidden_size": 32, "state_size": 4},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
+NOT_CAUSAL = {
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_ctx": 64, "n_positions": 64},
+}
 
 
 def random_model(name, attention="varlen"):
-    from transformers import AutoConfig
-
     sizes = {
         "vocab_size": 64,
         "hidden_size": 32,
@@ -276,7 +278,7 @@ def random_model(name, attention="varlen"):
         "num_attention_heads": 4,
     }
     config = AutoConfig.for_model(
-        name, **{**sizes, "num_key_value_heads": 2, "pad_token_id": 0, **ARCHITECTURES[name]}
+        name, **{**sizes, "num_key_value_heads": 2, "pad_token_id": 0, **(ARCHITECTURES | NOT_CAUSAL)[name]}
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
@@ -293,6 +295,23 @@ def test_self_check_accepts_what_is_right_and_packs_only_what_can_be(name):
     model = random_model(name, attention)
     packable = sft.self_check(model, torch.device("cpu"), torch.float32)
     assert packable == (name not in ("mamba", "lfm2"))
+
+
+@pytest.mark.parametrize("name", ["bloom", "codegen"])
+def test_self_check_refuses_attention_that_sees_later_tokens(name):
+    """These add the mask themselves, and varlen gives them none."""
+    with pytest.raises(
+        UserError, match="lets tokens see later ones with this --attention; use --attention eager"
+    ):
+        sft.self_check(random_model(name), torch.device("cpu"), torch.float32)
+    sft.self_check(random_model(name, "eager"), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["mamba", "lfm2", "llama", "qwen3_moe"])
+def test_self_check_sees_one_document_change_another_in_bfloat16(name):
+    model = random_model(name, "eager" if name == "mamba" else "varlen").to(torch.bfloat16)
+    packable = sft.self_check(model, torch.device("cpu"), torch.bfloat16)
+    assert packable == (name in ("llama", "qwen3_moe"))
 
 
 def test_self_check_refuses_unknown_logit_transforms():

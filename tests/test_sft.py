@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ASSETS, ROOT, command, read_metrics, run, write_rows
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 import sft
 from common import UserError
@@ -72,11 +75,11 @@ def assert_same_curve(found, expected, rtol=1e-4):
 # ---- The right loss --------------------------------------------------------------------------------------------------
 
 
-def reference_curve(dataset, steps, learning_rate):
-    """Losses and gradient norms of a plain padded loop with transformers' own loss, whole batches, linear decay."""
+def reference_curve(dataset, learning_rates, clip=1.0, **adamw):
+    """Losses and gradient norms of a plain padded loop with transformers' own loss, whole batches."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation="eager")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, **adamw)
     examples = []
     for line in Path(dataset).read_text().splitlines():
         ids, labels = [], []
@@ -96,11 +99,11 @@ def reference_curve(dataset, steps, learning_rate):
     labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in examples])
     mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in examples])
     curve = []
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate * (steps - step) / steps
+    for learning_rate in learning_rates:
+        optimizer.param_groups[0]["lr"] = learning_rate
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
         loss.backward()
-        curve.append((loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
+        curve.append((loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item()))
         optimizer.step()
         optimizer.zero_grad()
     return curve
@@ -108,9 +111,48 @@ def reference_curve(dataset, steps, learning_rate):
 
 def test_loss_curve_equals_that_of_transformers(tmp_path, ragged):
     found = train(tmp_path / "run", dataset=ragged, batch_size=37, max_steps=4, micro_batch_tokens=300)
-    expected = reference_curve(ragged, 4, 1e-3)
+    expected = reference_curve(ragged, [1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
     assert [(row["loss"], row["grad_norm"]) for row in found] == [
         pytest.approx(pair, rel=1e-4) for pair in expected
+    ]
+
+
+def test_optimizer_flags_do_what_they_say(tmp_path, ragged):
+    """Betas, schedule, warm-up and clipping against the plain loop."""
+    flags = {
+        "adam_beta1": 0.5,
+        "adam_beta2": 0.7,
+        "max_grad_norm": 0.3,
+        "warmup_steps": 2,
+        "lr_schedule": "cosine",
+    }
+    rates = [5e-4, 1e-3, 1e-3, 0.75e-3, 0.25e-3]  # 2 steps up; then 1/2 + 1/2 cos(pi t), t = 0, 1/3, 2/3
+    found = train(tmp_path / "run", dataset=ragged, batch_size=37, max_steps=5, **flags)
+    assert [row["learning_rate"] for row in found] == pytest.approx(rates)
+    expected = reference_curve(ragged, rates, clip=0.3, betas=(0.5, 0.7))
+    for row, (loss, grad_norm) in zip(found, expected, strict=True):
+        assert row["loss"] == pytest.approx(loss, rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
+    share = train(tmp_path / "share", dataset=ragged, batch_size=37, max_steps=4, warmup_steps=0.5)
+    assert [row["learning_rate"] for row in share] == pytest.approx([5e-4, 1e-3, 1e-3, 5e-4])
+
+
+def test_seed_orders_the_data_and_draws_the_noise(tmp_path, ragged):
+    def first_losses(name, **flags):
+        return [row["loss"] for row in train(tmp_path / name, dataset=ragged, learning_rate=1e-12, **flags)]
+
+    assert first_losses("a") == first_losses("b") != first_losses("c", seed=1)
+    noisy = {"batch_size": 37, "neftune_alpha": 20.0}  # whole epochs: only the noise differs
+    assert first_losses("d", **noisy) == first_losses("e", **noisy) != first_losses("f", seed=1, **noisy)
+    one, two, _ = first_losses("g", **noisy)
+    assert one != two
+
+
+def test_log_every(tmp_path, ragged):
+    rows = train(tmp_path / "run", dataset=ragged, log_every=2, max_steps=5)
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert [row["loss"] for row in rows] == [
+        r["loss"] for r in train(tmp_path / "b", dataset=ragged, max_steps=5) if r["step"] in (2, 4, 5)
     ]
 
 
@@ -301,6 +343,58 @@ def test_old_checkpoints_are_deleted(tmp_path, ragged):
     assert names == ["checkpoint-00000004", "checkpoint-00000005"]
 
 
+def test_remains_of_a_killed_run_are_in_nobodys_way(tmp_path, ragged):
+    """A checkpoint without progress.json is none; what is aside goes with the next one that is saved."""
+    for name in ("checkpoint-00000002", ".checkpoint-00000007.partial"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "junk").write_text("x")
+    train(tmp_path / "run", dataset=ragged, save_every=2)
+    names = sorted(path.name for path in (tmp_path / "run").glob("*checkpoint-*"))
+    assert names == ["checkpoint-00000002", "checkpoint-00000003"]
+    assert not (tmp_path / "run" / names[0] / "junk").exists()
+
+
+def test_checkpoints_and_records_that_cannot_be_read_are_named(tmp_path, ragged):
+    train(tmp_path / "run", dataset=ragged, save_every=2)
+    for path in (tmp_path / "run" / "checkpoint-00000003").glob("*.distcp"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"checkpoint-00000003 cannot be read .*; delete it"):
+        train(tmp_path / "run", dataset=ragged, save_every=2, resume=True)
+    sft.dist.destroy_process_group()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-00000003")
+    assert train(tmp_path / "run", dataset=ragged, save_every=2, resume=True)[-1]["step"] == 3
+    (tmp_path / "run" / "args.json").write_text("{")
+    with pytest.raises(UserError, match=r"args.json is no JSON"):
+        train(tmp_path / "run", dataset=ragged, save_every=2, resume=True)
+
+
+def test_training_is_saved_where_the_model_cannot_be_written(tmp_path, ragged, monkeypatch):
+    def fail(*_):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "write_model", fail)
+        with pytest.raises(UserError, match=r"no space left\. Training is saved"):
+            train(tmp_path / "run", dataset=ragged)
+    sft.dist.destroy_process_group()
+    train(tmp_path / "run", dataset=ragged, resume=True)
+    train(tmp_path / "straight", dataset=ragged)
+    assert torch.equal(*(weights(tmp_path / name)["model.norm.weight"] for name in ("run", "straight")))
+
+
+def test_a_generation_config_that_transformers_would_not_save(tmp_path, ragged):
+    """Older repositories have a temperature without sampling; it must not lose the run at its end."""
+    shutil.copytree(ASSETS / "model", tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "do_sample": False, "temperature": 0.6}))
+    train(tmp_path / "run", dataset=ragged, model=str(tmp_path / "model"))
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").generation_config
+    assert (
+        AutoTokenizer.from_pretrained(ASSETS / "model").convert_tokens_to_ids("<|im_end|>")
+        in final.eos_token_id
+    )
+
+
 @pytest.mark.slow
 def test_full_disk_leaves_the_previous_checkpoint_and_an_error(tmp_path, ragged):
     """A limit on the size of files stands in for the full disk: the write of the second checkpoint fails in its middle."""
@@ -415,14 +509,29 @@ def test_lora_trains_adapters_only(tmp_path, ragged):
     assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in adapter.values())
 
 
+def test_adapters_are_made_as_asked(tmp_path, ragged):
+    flags = {"dataset": ragged, "lora_rank": 4, "max_steps": 2}
+    plain = train(tmp_path / "a", **flags)
+    train(tmp_path / "b", lora_alpha=8.0, lora_rslora=True, **flags)
+    config = json.loads((tmp_path / "b" / "final" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8.0, True)
+    # A new adapter is 0, and the gradient of its B is proportional to the scale: 32 / 4 by default, 16 / sqrt(4) is the same.
+    same = train(tmp_path / "c", lora_alpha=16.0, lora_rslora=True, **flags)
+    other = train(tmp_path / "d", lora_alpha=16.0, **flags)
+    assert_same_curve(same, plain, 1e-5)
+    assert other[0]["grad_norm"] == pytest.approx(plain[0]["grad_norm"] / 2, rel=1e-4)
+
+
 @pytest.mark.parametrize("lora_rank", [0, 4])
-def test_gradient_checkpointing_changes_nothing(tmp_path, ragged, lora_rank):
+def test_gradient_checkpointing_changes_nothing(tmp_path, ragged, lora_rank, monkeypatch):
+    calls, forward = [], Qwen3MLP.forward
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: calls.append(self.training) or forward(self, x))
     expected = train(tmp_path / "a", dataset=ragged, lora_rank=lora_rank)
-    assert_same_curve(
-        train(tmp_path / "b", dataset=ragged, lora_rank=lora_rank, gradient_checkpointing=True),
-        expected,
-        1e-5,
-    )
+    once = sum(calls)
+    calls.clear()
+    found = train(tmp_path / "b", dataset=ragged, lora_rank=lora_rank, gradient_checkpointing=True)
+    assert_same_curve(found, expected, 1e-5)
+    assert sum(calls) == 2 * once > 0, "each layer runs again in the backward"
 
 
 @pytest.mark.slow
@@ -432,32 +541,70 @@ def test_compile_changes_nothing(tmp_path, ragged):
 
 
 def test_four_bit_base(tmp_path, ragged):
-    pytest.importorskip("bitsandbytes", reason="tests/requirements.txt installs it")
+    from bitsandbytes.functional import dequantize_4bit
+
     flags = {"dataset": ragged, "lora_rank": 8, "load_in_4bit": True, "max_steps": 12, "learning_rate": 3e-3}
-    losses = [row["loss"] for row in train(tmp_path / "run", **flags)]
-    exact = train(tmp_path / "exact", **{**flags, "load_in_4bit": False})[0]["loss"]
-    assert losses[0] == pytest.approx(exact, rel=0.5)
-    assert losses[0] != exact
-    assert sum(losses[-3:]) < sum(losses[:3])
+    found = train(tmp_path / "run", **flags)
+    assert found[0]["loss"] != train(tmp_path / "exact", **{**flags, "load_in_4bit": False})[0]["loss"]
+    # The same as training adapters on the weights that the 4 bits stand for.
+    args = replace(sft.Args(), lora_rank=8, load_in_4bit=True)
+    quantized = sft.causal_lm(sft.load_policy(args, sft.load_config(args), torch.device("cpu")))
+    weights = load_file(ASSETS / "model" / "model.safetensors")
+    for name, module in quantized.named_modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            plain = name.replace(".base_layer", "") + ".weight"
+            weights[plain] = dequantize_4bit(module.weight.data, module.weight.quant_state).to(weights[plain])
+    shutil.copytree(ASSETS / "model", tmp_path / "dequantized")
+    save_file(weights, tmp_path / "dequantized" / "model.safetensors", {"format": "pt"})
+    expected = train(
+        tmp_path / "b", **{**flags, "load_in_4bit": False, "model": str(tmp_path / "dequantized")}
+    )
+    assert_same_curve(found, expected, 1e-2)
+    # Resumed in the middle, it goes on the same.
+    with pytest.raises(KeyboardInterrupt):
+        train_until(6, tmp_path / "cut", save_every=5, **flags)
+    sft.dist.destroy_process_group()
+    assert train(tmp_path / "cut", resume=True, save_every=5, **flags) == found
+
+
+def train_until(steps, output_dir, **flags):
+    """Run until the optimizer is to take step number `steps`, then stop as if killed."""
+    taken, step = [], torch.optim.AdamW.step
+
+    def stop(*args, **kwargs):
+        taken.append(1)
+        if len(taken) >= steps:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", stop)
+        train(output_dir, **flags)
 
 
 def test_mixture_of_experts_aux_loss(tmp_path, ragged):
     """The router's loss is logged, equals transformers' on one batch, and changes the gradient."""
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
-
     torch.manual_seed(0)
     config = Qwen3MoeConfig(vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4,
                             num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                             head_dim=8, router_aux_loss_coef=0.5, max_position_embeddings=512)  # fmt: skip
     model = Qwen3MoeForCausalLM(config)
+    for layer, scale in zip(model.model.layers, (30, 90), strict=True):  # unbalanced, each in its own way
+        layer.mlp.gate.weight.data *= scale
     model.save_pretrained(tmp_path / "moe")
     AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path / "moe")
     flags = {"model": str(tmp_path / "moe"), "dataset": ragged, "batch_size": 37, "max_steps": 1}
     (with_aux,) = train(tmp_path / "with", **flags)
     (without,) = train(tmp_path / "without", router_aux_loss_coef=0.0, **flags)
-    ids = torch.tensor([token for row in encoded(ragged) for token in row["input_ids"]])[None]
-    routers = model(input_ids=ids[:, :512], output_router_logits=True).aux_loss.item()
-    assert with_aux["aux_loss"] == pytest.approx(routers, rel=0.05)
+    # transformers' own, on the same tokens: each document alone gives the same router logits; the loss is over all of them.
+    routers = [[], []]
+    for row in encoded(ragged):
+        outputs = model(input_ids=torch.tensor(row["input_ids"])[None], output_router_logits=True)
+        for layer, logits in zip(routers, outputs.router_logits, strict=True):
+            layer.append(logits)
+    expected = load_balancing_loss_func(tuple(torch.cat(layer) for layer in routers), 4, 2).item()
+    assert expected != pytest.approx(2.0, rel=1e-3), "what perfect balance gives"
+    assert with_aux["aux_loss"] == pytest.approx(expected, rel=1e-5)
     assert "aux_loss" not in without
     assert with_aux["loss"] == pytest.approx(without["loss"], rel=1e-6)
     assert with_aux["grad_norm"] != pytest.approx(without["grad_norm"], rel=1e-3)
@@ -469,6 +616,18 @@ def test_neftune_adds_noise_in_training_only(tmp_path, ragged):
     assert plain[1]["loss"] != noisy[1]["loss"]
     assert plain[0] == noisy[0]
     assert plain[2]["eval/loss"] == pytest.approx(noisy[2]["eval/loss"], rel=1e-6)
+
+
+def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width():
+    embedding = torch.nn.Embedding(10, 64)
+    sft.add_neftune(embedding, 5.0)
+    embedding.lengths_T = torch.tensor([4] * 4 + [100] * 100)
+    ids_BT = torch.zeros(1, 104, dtype=torch.long)
+    noise = (embedding(ids_BT) - embedding.eval()(ids_BT)).detach()
+    for part, length in ((noise[:, :4], 4), (noise[:, 4:], 100)):
+        bound = 5.0 / (length * 64) ** 0.5
+        assert 0.95 * bound < part.abs().max() <= bound * 1.001
+        assert part.std() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
 def test_one_document_a_row_where_attention_cannot_pack(tmp_path, ragged, monkeypatch):
