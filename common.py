@@ -398,15 +398,15 @@ def trained_spans(template, text, messages, turns):
             end = text.rindex(stop, begin, end) + len(stop)
         else:
             own = template.specials_at_end(template.render(messages[: turn + 1]))
-            if not own:
+            if final_stop in own:
+                stop = final_stop if turn == len(messages) - 1 else inner_stop
+            else:  # not as a plain answer: Llama ends some tool calls with <|eom_id|>, gpt-oss with <|call|>
+                stop = own[-1] if own else None
+            if stop is None:
                 raise UserError(
                     "the chat template does not end an assistant turn with a special token: no model could "
                     "learn to stop; put eos_token after the assistant's content by --chat-template"
                 )
-            if final_stop in own:
-                stop = final_stop if turn == len(messages) - 1 else inner_stop
-            else:  # not as a plain answer: Llama ends some tool calls with <|eom_id|>, gpt-oss with <|call|>
-                stop = own[-1]
             begin = blocks[turn][0] if blocks else locate_turn(template, text, messages, turn, stop)
             end = text.find(stop, begin) + len(stop)
         if stop in json.dumps(messages[turn], ensure_ascii=False, default=str):

@@ -533,36 +533,33 @@ def load_policy(args, config, device):
         policy.enable_input_require_grads()
     if args.lora_rank == 0:
         return policy
-    lora = LoraConfig(
-        r=args.lora_rank,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules="all-linear" if args.lora_targets == ("all-linear",) else list(args.lora_targets),
-        use_rslora=args.lora_rslora,
-        task_type="CAUSAL_LM",
-    )
+    targets = () if args.lora_targets == ("all-linear",) else args.lora_targets
     names = [name for name, _ in policy.named_modules()]
     linear = {name.split(".")[-1] for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
-    for target in args.lora_targets:
-        if args.lora_targets != ("all-linear",) and not any(
-            f".{name}".endswith(f".{target}") for name in names
-        ):
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
             raise UserError(
                 f"--lora-targets {target} matches no module. The model has {', '.join(sorted(linear))}; "
                 "all-linear, which takes all of these but lm_head, stands alone"
             )
+    lora = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=list(targets) or "all-linear",
+        use_rslora=args.lora_rslora,
+        task_type="CAUSAL_LM",
+    )
     try:
         policy = get_peft_model(policy, lora)
     except ValueError as error:
         raise UserError(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from error
-    embedding = policy.get_base_model().get_input_embeddings()
-    if (
-        args.lora_merge
-        and policy.config.tie_word_embeddings
-        and not isinstance(embedding, torch.nn.Embedding)
-    ):
-        raise UserError("--lora-merge would change the output head too, which is tied to the embeddings; "
-                        "leave it out, or take other --lora-targets")  # fmt: skip
+    adapted = not isinstance(causal_lm(policy).get_input_embeddings(), torch.nn.Embedding)
+    if args.lora_merge and adapted and config.tie_word_embeddings:
+        raise UserError(
+            "--lora-merge would change the output head too, which is tied to the embeddings; leave it out "
+            "or take other --lora-targets"
+        )
     return policy
 
 

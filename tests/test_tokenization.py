@@ -164,6 +164,11 @@ def test_turns_that_cannot_be_told_apart_are_an_error():
     tokenizer = tokenizer_with("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     with pytest.raises(UserError, match="does not end an assistant turn with a special token"):
         trained(tokenizer, chat("a", "b"))
+    only_last = tokenizer_with(
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}</s>"
+    )
+    with pytest.raises(UserError, match="does not end an assistant turn with a special token"):
+        trained(only_last, chat("a", "b", "c", "d"))
     with pytest.raises(UserError, match="does not render all tool calls"):
         trained(
             stock("llama3"),
