@@ -1125,7 +1125,7 @@ def main(args):
         if rank == 0:
             for name in EVAL_METRICS if {0, total_steps} <= log.evals.keys() else ():
                 before, after = log.evals[0][name], log.evals[total_steps][name]
-                print(f"{name:<24} {before:.4f} before training, {after:.4f} after {total_steps} steps")
+                print(f"{name}: {before:.4f} before training, {after:.4f} after {total_steps} steps")
             print(f"the model is in {final}; its answers end with {tokenizer.decode(stop_ids) or 'nothing'}")
     log.finish()
     dist.destroy_process_group()
