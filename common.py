@@ -1,6 +1,7 @@
-"""What the scripts share: tokenization. (Rewards, engines and weight sync join it with the RL scripts.)
+"""What the scripts share: tokenization, rewards, and the rollout engine.
 
     row --encode_sft--> ids, loss mask --split_batch--> micro-batches --collate--> MicroBatch --> model
+    prompt --HFEngine--> Rollouts --RewardWorker--> rewards
 
 Shapes: T packed tokens of a micro-batch, N trained positions among them, H heads, D head size.
 Alignment: labels_N[i] is the token that position positions_N[i] predicts, ids_T[positions_N[i] + 1].
@@ -9,19 +10,25 @@ Rows are counted from 1: "row 17" of a .jsonl file is its line 17.
 UserError marks a user's mistake: scripts print its message alone. Every other exception is a bug.
 """
 
+import asyncio
 import csv
 import functools
 import hashlib
 import heapq
+import importlib.util
+import inspect
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import random
 import re
+import signal
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import datasets
@@ -51,19 +58,22 @@ class UserError(ValueError):
 # ---- Reading rows ------------------------------------------------------------------------------------------
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
+TEXT_FEATURES = Features({"row": Value("int64"), "json": Value("binary")})
 
 
 def parse_source(source):
     """PATH or PATH:WEIGHT -> (path, weight). Weight 2 takes every row twice an epoch, 0.5 a seeded half."""
-    path, _, weight = source.rpartition(":")
-    if Path(source).exists() or not re.fullmatch(r"[-+.\d]+(e[-+]?\d+)?", weight):
+    path, colon, weight = source.rpartition(":")
+    if Path(source).exists() or not colon or not re.match(r"[-+.\d]|nan|inf", weight):
         return source, 1.0
     try:
         value = float(weight)
     except ValueError:
         value = 0.0
-    if not 0 < value < math.inf:
-        raise UserError(f"--dataset {source}: the weight must be a number above 0; or leave the dataset out")
+    if not 0 < value <= 1000:
+        raise UserError(
+            f"--dataset {source}: a weight must be above 0 and at most 1000; or leave the dataset out"
+        )
     return path, value
 
 
@@ -85,11 +95,10 @@ def read_rows(path, config=None, split="train"):
         if location.is_file():
             with open(location, "rb") as file:
                 content = hashlib.file_digest(file, "sha256").hexdigest()
-            features = Features({"row": Value("int64"), "json": Value("binary")})
             arguments = {"path": str(location), "content": content}
             if next(text_rows(**arguments), None) is None:
                 raise UserError("it has no rows")
-            return datasets.Dataset.from_generator(text_rows, features=features, gen_kwargs=arguments)
+            return datasets.Dataset.from_generator(text_rows, features=TEXT_FEATURES, gen_kwargs=arguments)
         if (location / "state.json").exists():
             return datasets.load_from_disk(str(location)).with_format(None)
         if (location / "dataset_dict.json").exists():
@@ -103,6 +112,16 @@ def read_rows(path, config=None, split="train"):
         raise UserError(f"dataset {path} (config {config}, split {split}) cannot be read: {cause}") from error
 
 
+def without_decoding(rows):
+    """The rows with images and sounds left as bytes: to decode them needs packages, to refuse does not."""
+    for name, feature in rows.features.items():
+        inner = feature.feature if isinstance(feature, List) else feature
+        if isinstance(inner, (datasets.Image, datasets.Audio)):
+            inner = type(inner)(decode=False)
+            rows = rows.cast_column(name, List(inner) if isinstance(feature, List) else inner)
+    return rows
+
+
 def text_rows(path, content):
     """The number and the JSON text of each row of a file. `content`, its hash, tells datasets' cache of a
     change."""
@@ -111,6 +130,8 @@ def text_rows(path, content):
         with open(path, newline="", encoding="utf-8-sig") as file:
             filled = (cells for cells in csv.reader(file) if any(cells))
             header = [name.strip() for name in next(filled, [])]
+            if len(set(header)) < len(header):
+                raise UserError(f"the header names a column twice: {', '.join(header)}")
             for number, cells in enumerate(filled, 1):
                 if len(cells) != len(header):
                     raise UserError(f"row {number} has {len(cells)} cells; the header has {len(header)}")
@@ -159,9 +180,9 @@ def parse_row(text):
     """The JSON text of a row -> dict."""
     try:
         row = json.loads(text)
-        if rb"\ud" in text:  # an escape that may be half of a character
+        if re.search(rb"\\u[dD]", text):  # an escape that may be half of a character
             json.dumps(row, ensure_ascii=False).encode()
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
         raise UserError(f"the row is not JSON ({error}); fix or remove it") from error
     if not isinstance(row, dict):
         raise UserError(f"the row is {excerpt(row)}, not an object with columns")
@@ -205,10 +226,12 @@ def check_messages(messages, column):
         if role == "assistant" and not content.strip() and not calls:
             raise UserError(f"{where} is an empty assistant turn; remove it, or the row")
         message["content"] = content
-        if calls:
-            if not isinstance(calls, list):
-                raise UserError(f"{where} has tool calls that are no list: {excerpt(calls)}")
-            message["tool_calls"] = [check_tool_call(call, where) for call in calls]
+        if not isinstance(calls or [], list) or calls == 0:
+            raise UserError(f"{where} has tool calls that are no list: {excerpt(calls)}")
+        message |= {"tool_calls": [check_tool_call(call, where) for call in calls]} if calls else {}
+        for key in ("reasoning_content", "thinking"):
+            if not isinstance(message.get(key, ""), str):
+                raise UserError(f"{where} has {type(message[key]).__name__} as `{key}`; make it one string")
         checked.append(message)
     return checked
 
@@ -281,14 +304,16 @@ def encode_messages(tokenizer, messages, turns=None, tools=None, template_kwargs
     if turns is None:
         return ids, [True] * len(ids)
     # A token runs from the end of the one before: tokenizers that trim offsets give blanks no width. One that
-    # begins before the turn but holds its first characters is one that the model must write.
+    # begins before the turn but holds its first characters is one that the model must write; but a special
+    # token only swallows them (rstrip, as Phi-3's).
     spans = trained_spans(template, text, messages, turns)
     bounds = [0, *(end for _, end in encoding["offset_mapping"])]
-    mask, current = [], 0
-    for begin, end in itertools.pairwise(bounds):
+    control, mask, current = set(special_tokens(tokenizer).values()), [], 0
+    for token, (begin, end) in zip(ids, itertools.pairwise(bounds), strict=True):
         while current < len(spans) and spans[current][1] <= begin:
             current += 1
-        mask.append(current < len(spans) and end > spans[current][0])
+        first = spans[current][0] if current < len(spans) else math.inf
+        mask.append(end > first and (begin >= first or token not in control))
     return ids, mask
 
 
@@ -418,6 +443,13 @@ def trained_spans(template, text, messages, turns):
             raise UserError(f"the turn of message {turn} cannot be told from the rest; {TEMPLATE_REMEDY}")
         if not all(name in text[begin:end] for name in called_functions([messages[turn]])):
             raise UserError(CALLS_REMEDY)
+        if messages[turn].get("tool_calls") and messages[turn]["content"]:  # Gemma 4 puts the words elsewhere
+            other = {**messages[turn], "content": messages[turn]["content"] + unlike("")}
+            changed = template.render([*messages[:turn], other, *messages[turn + 1 :]])
+            if not begin <= len(os.path.commonprefix([text, changed])) < end:
+                raise UserError(
+                    f"the template parts the words of message {turn} from its tool calls; {TEMPLATE_REMEDY}"
+                )
         spans.append((begin, end))
     return spans
 
@@ -452,6 +484,11 @@ def locate_turn(template, text, messages, turn, stop):
         begin = before.rfind(header)
         if header and begin >= 0 and stop not in before[begin:]:
             return begin + len(header)  # the turn's own: what stands between it and the words is written, too
+        # No header tells where the turn begins: what the prompt has after the message before it does.
+        said = messages[turn - 1]["content"].strip() if turn else ""
+        closing = prompt.rpartition(said)[2] if said and prompt else ""
+        if closing and (end := before.rfind(said + closing)) >= 0 and stop not in before[end:]:
+            return end + len(said + closing)
         if "tool_calls" not in words:
             return len(before)
     raise UserError(f"the turn of message {turn} cannot be told from the rest; {TEMPLATE_REMEDY}")
@@ -539,8 +576,7 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
     completion, else the assistant's turns, else (plain text) all. Raises UserError for a row that is not what
     its columns promise.
     """
-    if row.get("image") or row.get("images"):
-        raise UserError("the row has images, which are not supported; use text-only rows and drop the column")
+    refuse_images(row)
     kind = next((column for column in SFT_KINDS if row.get(column) is not None), None)
     if kind in ("prompt", "completion") and isinstance(row.get("prompt"), list):
         kind = "prompt messages"
@@ -561,7 +597,7 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
 
     match kind:
         case "input_ids":
-            ids, mask = check_tokenized(row, vocab_size)
+            ids, mask = check_tokenized(row)
         case "messages" | "conversations":
             ids, mask = encode_chat(tokenizer, row, [], read_messages(row, kind), loss_on)
         case "prompt messages":
@@ -573,6 +609,7 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
         case "text":
             ids, mask = encode_text(tokenizer, "", check_text(row, "text"))
     mask = [True] * len(ids) if loss_on == "all" else mask
+    check_ids(ids, vocab_size)
 
     dropped = ""
     if len(ids) > max_length and overflow == "error":
@@ -583,20 +620,32 @@ def encode_sft(row, tokenizer, loss_on="auto", max_length=1024, overflow="drop",
         dropped = f"nothing to train{f' within --max-length {max_length}' if any(mask[1:]) else ''}"
     length, cut = (0 if dropped else min(len(ids), max_length)), len(ids) > max_length
     ids, mask = ids[:length], [False, *mask[1:]][:length]
-    stops = (token for token, trained in zip(ids[::-1], mask[::-1], strict=True) if trained)
-    stop_id = next((token for token in stops if tokenizer.decode([token]).strip()), -1)
-    ends = not cut and stop_id in special_tokens(tokenizer).values()
     return {
         "input_ids": ids,
         "loss_mask": mask,
         "length": length,
         "num_targets": sum(mask),
-        "stop_id": stop_id if ends else -1,
+        "stop_id": -1 if cut else stop_of(tokenizer, ids, mask),
         "dropped": dropped,
-        "unused": ", ".join(
-            sorted(name or "''" for name in row if row[name] and name not in SFT_KINDS[kind])
-        ),
+        "unused": unused_columns(row, SFT_KINDS[kind]),
     }
+
+
+def refuse_images(row):
+    if row.get("image") or row.get("images"):
+        raise UserError("the row has images, which are not supported; use text-only rows and drop the column")
+
+
+def stop_of(tokenizer, ids, mask):
+    """The special token that ends what is trained, blanks after it aside, or -1."""
+    trained = (token for token, is_target in zip(ids[::-1], mask[::-1], strict=True) if is_target)
+    stop_id = next((token for token in trained if tokenizer.decode([token]).strip()), -1)
+    return stop_id if stop_id in special_tokens(tokenizer).values() else -1
+
+
+def unused_columns(row, used):
+    """The names of a row's columns that hold something and are not used."""
+    return ", ".join(sorted(name or "''" for name in row if row[name] and name not in used))
 
 
 def read_messages(row, column):
@@ -626,6 +675,8 @@ def encode_chat(tokenizer, row, prompt, messages, loss_on):
     turns = {"all": None, "last-assistant": turns[-1:]}.get(loss_on, turns)
     tools = read_json_column(row, "tools", list)
     arguments = read_json_column(row, "chat_template_kwargs", dict)
+    if taken := {"chat_template", "tools", "tokenize", "add_generation_prompt"} & (arguments or {}).keys():
+        raise UserError(f"`chat_template_kwargs` may not hold {', '.join(sorted(taken))}; remove it")
     return encode_messages(tokenizer, messages, turns, tools, arguments)
 
 
@@ -636,20 +687,254 @@ def check_text(row, column, empty=False):
     return row[column]
 
 
-def check_tokenized(row, vocab_size):
+def check_ids(ids, vocab_size):
+    """UserError for ids that the model does not know: a tokenizer may have more."""
+    if vocab_size and ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        raise UserError(
+            f"the row has ids from {min(ids)} to {max(ids)}, but the model's vocabulary is {vocab_size}; "
+            "resize its embeddings, or use its own tokenizer"
+        )
+
+
+def check_tokenized(row):
     """`input_ids` and, if there are any, `labels` (the same ids, or -100: not trained) -> ids, mask."""
     ids = read_json_column(row, "input_ids", list)
-    labels = read_json_column(row, "labels", list) or ids
-    if not ids or not all(isinstance(token, int) for token in [*ids, *labels]):
+    labels = ids if row.get("labels") is None else read_json_column(row, "labels", list) or []
+    if masks := [name for name in ("completion_mask", "assistant_masks") if row.get(name)]:
+        raise UserError(f"`{masks[0]}` is not used; say what is trained in `labels`, -100 where nothing is")
+    if not ids or not all(type(token) is int for token in [*ids, *labels]):
         raise UserError("`input_ids` and `labels` must be non-empty lists of integers")
-    if vocab_size and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise UserError(
-            f"`input_ids` has ids from {min(ids)} to {max(ids)}; the model's vocabulary is {vocab_size}"
-        )
     pairs = zip(ids, labels, strict=False)
     if len(labels) != len(ids) or any(label not in (token, IGNORE) for token, label in pairs):
         raise UserError("`labels` must repeat `input_ids`, unshifted, with -100 where nothing is trained")
     return ids, [label != IGNORE for label in labels]
+
+
+# ---- Preferences -------------------------------------------------------------------------------------------
+
+PREFERENCE_FEATURES = Features(
+    input_ids=List(Value("int32")),
+    loss_mask=List(Value("bool")),
+    lengths=List(Value("int64")),
+    prompt_length=Value("int64"),
+    targets=List(Value("int64")),
+    keys=List(Value("string")),
+    near_tie=Value("bool"),
+    length=Value("int64"),
+    num_targets=Value("int64"),
+    stop_id=Value("int64"),
+    dropped=Value("string"),
+    unused=Value("string"),
+)
+RANKING_FEATURES = Features(
+    **PREFERENCE_FEATURES, ranks=List(Value("float64")), margin=Value("float64"), probability=Value("float64")
+)
+
+
+def encode_preference(row, tokenizer, max_length=1024, overflow="drop", vocab_size=None):
+    """A row with `chosen` and `rejected` -> PREFERENCE_FEATURES.
+
+    input_ids and loss_mask hold the documents one after the other, the chosen one first; lengths and targets
+    count the tokens of each and those to learn, keys are hashes of them. The first prompt_length tokens, not
+    marked, are the same in all. near_tie: they were cut, and less than a tenth of what is left of
+    two completions differs. The rest is as in encode_sft. Raises UserError for a row that is not what its
+    columns promise.
+    """
+    sides = {name: row.get(name) for name in ("chosen", "rejected")}
+    return encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, ("chosen", "rejected"))
+
+
+def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=None):
+    """A row as for encode_preference, or with `completions` and their `ranks` (1 is best) or `scores` (the
+    highest is best) -> RANKING_FEATURES.
+
+    The same for any number of documents, the best first. ranks: one for each, where smaller is better and
+    equal ones are not compared. margin: by how much a chosen score should be above the rejected one, 0
+    without such a column. probability: that the chosen side wins, -1 without.
+    """
+    margin, probability = row.get("margin"), row.get("probability")
+    if row.get("completions") is None:
+        if margin is not None and not is_number(margin):
+            raise UserError(f"`margin` is {excerpt(margin)}, not a finite number")
+        if probability is not None and not (is_number(probability) and 0 <= probability <= 1):
+            raise UserError(f"`probability` is {excerpt(probability)}, not a number from 0 to 1")
+        ranks, sides = [0.0, 1.0], {name: row.get(name) for name in ("chosen", "rejected")}
+        used, tied = ("chosen", "rejected", "margin", "probability"), False
+    else:
+        completions = read_json_column(row, "completions", list) or []
+        ranks, scores = (read_json_column(row, name, list) or [] for name in ("ranks", "scores"))
+        if len(completions) < 2 or len(ranks or scores) != len(completions):
+            raise UserError(
+                f"the row has {len(completions)} completions and {len(ranks or scores)} ranks or scores; it "
+                "needs two or more, and one for each"
+            )
+        if not all(map(is_number, ranks or scores)) or margin is not None or probability is not None:
+            raise UserError("`ranks` or `scores` must be finite numbers, without `margin` and `probability`")
+        ranks = ranks or [-score for score in scores]
+        places = sorted(range(len(ranks)), key=ranks.__getitem__)
+        sides = {f"completions[{place}]": completions[place] for place in places}
+        ranks = [float(ranks[place]) for place in places]
+        used, tied = ("completions", "ranks", "scores"), ranks[0] == ranks[-1]
+        margin, probability = 0.0, None
+    reason = "all completions tie" if tied else ""
+    encoded = encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, reason)
+    encoded |= {"ranks": ranks[: len(encoded["lengths"])], "margin": float(margin or 0.0)}
+    return encoded | {"probability": -1.0 if probability is None else float(probability)}
+
+
+def is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, dropped=""):
+    """Completions of one prompt, column -> text or messages -> what encode_preference says."""
+    refuse_images(row)
+    for name, side in sides.items():
+        if not isinstance(side, (str, list)):
+            raise UserError(f"`{name}` is {excerpt(side)}, neither text nor a list of messages")
+    documents, cut = [], False
+    if any(map(is_empty, sides.values())):
+        dropped = "an empty side"
+    if not dropped:
+        whole = tokenize_sides(row, tokenizer, sides)
+        check_ids([token for ids, _ in whole for token in ids], vocab_size)
+        documents, dropped = fit_sides(whole, max_length, overflow)
+        cut = documents != whole
+    keys = [hashlib.blake2b(repr(ids).encode(), digest_size=8).hexdigest() for ids, _ in documents]
+    if len(set(keys)) < len(keys):
+        documents, keys = [], []
+        dropped = "identical sides" + (f" within --max-length {max_length}" if cut else "")
+    near_tie = False
+    for (ids, mask), (others, _) in itertools.pairwise(documents) if cut else ():
+        differing = sum(a != b for a, b in zip(ids, others, strict=True))
+        near_tie |= differing < 0.1 * (len(ids) - mask.index(True))
+    return {
+        "input_ids": [token for ids, _ in documents for token in ids],
+        "loss_mask": [is_target for _, mask in documents for is_target in mask],
+        "lengths": [len(ids) for ids, _ in documents],
+        "prompt_length": documents[0][1].index(True) if documents else 0,
+        "targets": [sum(mask) for _, mask in documents],
+        "keys": keys,
+        "near_tie": near_tie,
+        "length": sum(len(ids) for ids, _ in documents),
+        "num_targets": sum(sum(mask) for _, mask in documents),
+        "stop_id": stop_of(tokenizer, *documents[0]) if documents and not cut else -1,
+        "dropped": dropped,
+        "unused": unused_columns(row, ("prompt", "tools", "chat_template_kwargs", *used)),
+    }
+
+
+def is_empty(side):
+    """Whether a completion says nothing: blank text, no messages, or a last one without content and calls."""
+    if isinstance(side, str):
+        return not side.strip()
+    last = side[-1] if side and isinstance(side[-1], dict) else {}
+    says = last.get("content") or last.get("value") or ""
+    return not side or (bool(last) and not str(says).strip() and not last.get("tool_calls"))
+
+
+def tokenize_sides(row, tokenizer, sides):
+    """Completions of one prompt -> [(ids, mask), ...], the ids before what is marked the same in all.
+
+    sides: column -> text or messages. The prompt is the row's (text or messages, which the sides may repeat),
+    else what the sides share at their beginning. Where a token of one side spans the end of the prompt, the
+    completions of all begin at that token.
+    """
+    prompt, texts = row.get("prompt"), [side for side in sides.values() if isinstance(side, str)]
+    if texts and len(texts) < len(sides):
+        raise UserError(f"{' and '.join(f'`{name}`' for name in sides)} must be all text or all messages")
+    if texts and not isinstance(prompt, list):
+        text = check_text(row, "prompt", empty=True) if prompt is not None else ""
+        documents = [encode_text(tokenizer, text, side) for side in sides.values()]
+        if prompt is None:
+            shared = len(os.path.commonprefix([ids for ids, _ in documents]))
+            shared = min(shared, *(len(ids) - 1 for ids, _ in documents))
+            documents = [(ids, [t >= shared for t in range(len(ids))]) for ids, _ in documents]
+    else:
+        prompt, *sides = split_prompt(prompt, sides)
+        documents = [encode_chat(tokenizer, row, prompt, side, "completion") for side in sides]
+    if not all(any(mask) for _, mask in documents):
+        raise UserError("a side has no assistant turn to learn from; end it with one")
+    begin = min(mask.index(True) for _, mask in documents)
+    if any(ids[:begin] != documents[0][0][:begin] for ids, _ in documents):
+        raise UserError(
+            "the chat template renders the prompt in another way before each side; give one that does not "
+            "look ahead by --chat-template"
+        )
+    begin = max(begin, 1)  # the first token of all follows nothing
+    return [
+        (ids, [t >= begin and (trained or t < mask.index(True)) for t, trained in enumerate(mask)])
+        for ids, mask in documents
+    ]
+
+
+def split_prompt(prompt, sides):
+    """A prompt (messages, the text of a user's message, or None) and sides -> the prompt and sides as checked
+    messages."""
+    sides = [
+        [{"role": "assistant", "content": side}] if isinstance(side, str) else check_messages(side, name)
+        for name, side in sides.items()
+    ]
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
+    if prompt is not None:
+        prompt = check_messages(prompt, "prompt")
+        if all(side[: len(prompt)] == prompt for side in sides):
+            sides = [side[len(prompt) :] for side in sides]
+    else:
+        alike = [all(message == some[0] for message in some) for some in zip(*sides, strict=False)]
+        shared = min([*alike, False].index(False), *(len(side) - 1 for side in sides))
+        prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
+    if not prompt or not all(sides):
+        raise UserError("the sides share no prompt that they follow; give it in a column `prompt`")
+    return prompt, *sides
+
+
+def fit_sides(documents, max_length, overflow):
+    """Documents of one prompt -> those within max_length, each completion cut or none is; and why they are
+    dropped, or ""."""
+    lengths = [len(ids) for ids, _ in documents]
+    if max(lengths) <= max_length:
+        return documents, ""
+    if overflow == "error":
+        raise UserError(f"a side has {max(lengths)} tokens, more than --max-length {max_length}; raise it")
+    if overflow == "drop":
+        return [], f"longer than --max-length {max_length}"
+    if min(lengths) <= max_length:
+        return [], f"only one side longer than --max-length {max_length}"
+    if not all(any(mask[1:max_length]) for _, mask in documents):
+        return [], f"nothing to train within --max-length {max_length}"
+    return [(ids[:max_length], mask[:max_length]) for ids, mask in documents], ""
+
+
+def check_pairs(data, contradictions):
+    """Look for what no row shows alone -> the pairs to train, and a line for the report.
+
+    Contradictory are pairs of which another row holds the reverse; by `contradictions`, all of them are kept
+    and named ("warn"), removed ("drop"), or a UserError.
+    """
+    places = {}
+    for index, (keys, row, source) in enumerate(zip(data["keys"], data["row"], data["source"], strict=True)):
+        places.setdefault(tuple(keys), {}).setdefault((source, row), []).append(index)
+    reverse = {keys: found for keys, found in places.items() if keys[::-1] in places}
+    duplicates = sum(len(found) - 1 for found in places.values())
+    named = sorted(place for found in reverse.values() for place in found)
+    listed = "; ".join(f"row {row} of {source}" for source, row in named[:8])
+    if named and contradictions == "error":
+        raise UserError(
+            f"{len(named)} pairs contradict others, which prefer the reverse: {listed}; remove them, or use "
+            "--contradictions drop"
+        )
+    longer = np.mean([lengths[0] > lengths[-1] for lengths in data["lengths"]])
+    line = f"{duplicates} duplicated, {sum(data['near_tie'])} near-ties after cutting, "
+    line += f"{len(named)} contradictory" + (f" ({listed})" if named else "")
+    if named and contradictions == "drop":
+        removed = {index for found in reverse.values() for indices in found.values() for index in indices}
+        data = data.select([index for index in range(len(data)) if index not in removed])
+        line += ", removed"
+        if not len(data):
+            raise UserError(f"no pair is left: all {len(named)} contradict others; mend the data")
+    return data, f"{line}; the chosen side is longer in {longer:.0%}"
 
 
 # ---- Preparing a dataset -----------------------------------------------------------------------------------
@@ -674,12 +959,14 @@ def prepare_data(sources, encode, features, config=None, split="train", seed=0):
     for number, (path, weight) in enumerate(map(parse_source, sources)):
         name = hashlib.sha256(path.encode()).hexdigest()[:16]
         with wait_for_lock(cache / f"{name}.lock", f"tokenize {path}"):
-            rows = read_rows(path, config, split)
+            rows = without_decoding(read_rows(path, config, split))
             if not len(rows):
                 raise UserError(f"dataset {path} has no rows")
             key = fingerprint(rows, encode)
             encoded = rows.map(
-                functools.partial(encode_row, encode=encode, names=list(features)),
+                functools.partial(
+                    encode_row, encode=encode, names=list(features), is_text=rows.features == TEXT_FEATURES
+                ),
                 with_indices=True,
                 remove_columns=rows.column_names,
                 features=features,
@@ -713,10 +1000,10 @@ def prepare_data(sources, encode, features, config=None, split="train", seed=0):
     return data, report
 
 
-def encode_row(row, index, encode, names):
-    number = row["row"] if "json" in row else index + 1
+def encode_row(row, index, encode, names, is_text):
+    number = row["row"] if is_text else index + 1
     try:
-        encoded = encode(parse_row(row["json"]) if "json" in row else drop_none(row))
+        encoded = encode(parse_row(row["json"]) if is_text else drop_none(row))
     except UserError as error:
         return {**dict.fromkeys(names), "error": str(error), "row": number}
     except Exception as error:
@@ -790,57 +1077,71 @@ def split_batch(lengths, world_size, budget, alone=False):
 @dataclass
 class MicroBatch:
     """Documents in one row. `inputs` are the model's arguments; `positions_N`, `labels_N` the positions that
-    are trained and the token each predicts; `documents_N` the document (counted from 0) that each belongs
-    to."""
+    predict trained tokens, and those tokens; `documents_N` the document (counted from 0) that each belongs
+    to; `last_B` the position of each document's last token."""
 
     inputs: dict
     positions_N: torch.Tensor
     labels_N: torch.Tensor
     documents_N: torch.Tensor
+    last_B: torch.Tensor
     num_tokens: int
 
 
-def collate(documents, device="cpu"):
+def collate(documents, device="cpu", share_prompts=False):
     """[(ids, loss mask), ...] -> MicroBatch. No documents: one that trains nothing, so that every rank runs a
-    forward."""
-    real = sum(len(ids) for ids, _ in documents)
-    documents = documents or [(np.zeros(2, np.int64), np.zeros(2, bool))]
-    lengths = [len(ids) for ids, _ in documents]
-    ids_T = torch.from_numpy(np.concatenate([ids for ids, _ in documents]).astype(np.int64))
-    mask_T = torch.from_numpy(np.concatenate([mask for _, mask in documents]).astype(bool))
-    ends = np.cumsum(lengths)
-    mask_T[ends - lengths] = False  # the first token of a document is predicted by nothing
-    targets_N = mask_T.nonzero().squeeze(1)
-    lengths_B = torch.tensor(lengths)
-    documents_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths_B)
-    positions_T = torch.arange(len(ids_T)) - torch.repeat_interleave(
-        torch.from_numpy(ends - lengths), lengths_B
-    )
-    cu_seqlens = F.pad(lengths_B.cumsum(0), (1, 0)).to(device, torch.int32)
+    forward.
 
-    def to_device(tensor):
-        return (
-            tensor.pin_memory().to(device, non_blocking=True)
-            if torch.device(device).type == "cuda"
-            else tensor
-        )
+    share_prompts: the prompt of a document, what is before its first trained token, stands in the row once if
+    the document before it begins with it, too; both attend to it. Their hidden states are what they are
+    alone: every token sees its own document from the beginning.
+    """
+    is_empty, documents = not documents, documents or [(np.zeros(2, np.int64), np.zeros(2, bool))]
+    # S counts the tokens of all documents; T those of the row, where shared ones stand once.
+    lengths, heads = [len(ids) for ids, _ in documents], list(range(len(documents)))
+    shared_B = np.zeros(len(documents), np.int64)
+    for number in range(1, len(documents) if share_prompts else 0):
+        (ids, mask), head = documents[number], heads[number - 1]
+        prompt = ids[: np.argmax(mask)]
+        if len(prompt) and np.array_equal(prompt, documents[head][0][: len(prompt)]):
+            heads[number], shared_B[number] = head, len(prompt)
+    ids_S = np.concatenate([ids for ids, _ in documents]).astype(np.int64)
+    mask_S = np.concatenate([mask for _, mask in documents]).astype(bool)
+    starts_B = np.cumsum(lengths) - lengths
+    documents_S = np.repeat(np.arange(len(documents)), lengths)
+    places_S = np.arange(len(ids_S)) - starts_B[documents_S]
+    own_S = places_S >= shared_B[documents_S]
+    row_S = np.cumsum(own_S) - 1  # where a token of the documents is in the row
+    row_S = np.where(own_S, row_S, row_S[starts_B[heads][documents_S] + places_S])
+    mask_S[starts_B] = False  # the first token of a document is predicted by nothing
+    targets_N = mask_S.nonzero()[0]
+    on_cpu = torch.device(device).type == "cpu"
 
+    def to_device(array):
+        tensor = torch.from_numpy(array)
+        return tensor if on_cpu else tensor.pin_memory().to(device, non_blocking=True)
+
+    groups = group_documents(lengths, row_S, own_S) if on_cpu else None
+    if not on_cpu and shared_B.any():
+        groups = to_device(row_S), to_device(own_S.nonzero()[0])
+    cu_seqlens = to_device(np.append(starts_B, len(ids_S)).astype(np.int32))
     return MicroBatch(
         inputs={
-            "input_ids": to_device(ids_T)[None],
-            "position_ids": to_device(positions_T)[None],
+            "input_ids": to_device(ids_S[own_S])[None],
+            "position_ids": to_device(places_S[own_S])[None],
             "attention_mask": None,
             "use_cache": False,
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
             "max_length_q": max(lengths),
             "max_length_k": max(lengths),
-            "groups": group_documents(lengths) if torch.device(device).type == "cpu" else None,
+            "groups": groups,
         },
-        positions_N=to_device(targets_N - 1),
-        labels_N=to_device(ids_T[targets_N]),
-        documents_N=to_device(documents_T[targets_N]),
-        num_tokens=real,
+        positions_N=to_device(row_S[targets_N - 1]),
+        labels_N=to_device(ids_S[targets_N]),
+        documents_N=to_device(documents_S[targets_N]),
+        last_B=to_device(row_S[starts_B + lengths - 1]),
+        num_tokens=0 if is_empty else int(own_S.sum()),
     )
 
 
@@ -849,12 +1150,12 @@ def collate(documents, device="cpu"):
 LONG_DOCUMENT = 256  # tokens from which a document's attention is one call of its own on CPU
 
 
-def group_documents(lengths):
+def group_documents(lengths, row_S, own_S):
     """Documents of similar length, to be attended in one batched call each on CPU (many tiny calls are slow).
 
-    Returns [(rows (n, L) of token indices, each padded at its end by its last token)], and the index that
-    puts the flattened outputs of all groups back into the packed order. Causality keeps padding at the end
-    from being seen.
+    row_S, own_S: as in `collate`. Returns [(n, L) positions in the row, each document padded at its end by
+    its last token], and for each position of the row its place in the flattened outputs of all groups.
+    Causality keeps padding at the end from being seen.
     """
     ends, groups = np.cumsum(lengths), []
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
@@ -863,17 +1164,17 @@ def group_documents(lengths):
         n = sum(1 for index in order if lengths[index] >= 0.8 * longest) if longest < LONG_DOCUMENT else 1
         groups.append(order[:n])
         order = order[n:]
-    rows, back, offset = [], np.empty(ends[-1], np.int64), 0
+    rows, back_S, offset = [], np.empty(ends[-1], np.int64), 0
     for group in groups:
         width = lengths[group[0]]
         starts = np.array([ends[index] - lengths[index] for index in group])[:, None]
         last = np.array([ends[index] - 1 for index in group])[:, None]
-        rows.append(torch.from_numpy(np.minimum(starts + np.arange(width), last)))
+        rows.append(torch.from_numpy(row_S[np.minimum(starts + np.arange(width), last)]))
         for line, index in enumerate(group):
             begin = offset + line * width
-            back[ends[index] - lengths[index] : ends[index]] = np.arange(begin, begin + lengths[index])
+            back_S[ends[index] - lengths[index] : ends[index]] = np.arange(begin, begin + lengths[index])
         offset += len(group) * width
-    return rows, torch.from_numpy(back)
+    return rows, torch.from_numpy(back_S[own_S])
 
 
 def varlen_attention(
@@ -890,18 +1191,23 @@ def varlen_attention(
     cu_seq_lens_q=None,
     max_length_q=None,
     groups=None,
+    kv_cache=None,
     **kwargs,
 ):
     """Causal attention within each document of a packed row: transformers' attention function "varlen".
 
     query (1, H, T, D), key and value (1, H_kv, T, D) -> (1, T, H, D), None. Without `cu_seq_lens_q`, as when
-    transformers itself generates, it is transformers' SDPA. Soft-capped scores and attention sinks are
-    refused.
+    transformers itself generates, it is transformers' SDPA; with a `kv_cache`, T are the next tokens of the
+    sequences in it. Soft-capped scores and attention sinks are refused.
     """
     if softcap is not None or s_aux is not None:
         raise UserError(
             "this model soft-caps attention or uses sinks, which varlen lacks; use --attention eager"
         )
+    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if kv_cache is not None and cu_seq_lens_q is None:
+        out_THD = kv_cache.attend(module.layer_idx, query_THD, key_THD, value_THD, scaling, sliding_window)
+        return out_THD[None], None
     if cu_seq_lens_q is None or attention_mask is not None:
         new, seen = query.shape[2], key.shape[2]
         window = sliding_window or seen
@@ -914,17 +1220,21 @@ def varlen_attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    query_THD, key_THD, value_THD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if kv_cache is not None:
+        kv_cache.fill(module.layer_idx, key_THD, value_THD)
     if query.is_cuda:
         from torch.nn.attention.varlen import varlen_attn  # CUDA only
 
+        if groups:  # the documents share prompts: write each out
+            qkv = query_THD, key_THD, value_THD
+            query_THD, key_THD, value_THD = (tensor.index_select(0, groups[0]) for tensor in qkv)
         repeats = query.shape[1] // key.shape[1]
         key_THD, value_THD = (tensor.repeat_interleave(repeats, 1) for tensor in (key_THD, value_THD))
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
         bounds = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         qkv = (query_THD.contiguous(), key_THD, value_THD)
         out_THD = varlen_attn(*qkv, *bounds, scale=scaling, window_size=window)
-        return out_THD[None], None
+        return (out_THD.index_select(0, groups[1]) if groups else out_THD)[None], None
     return grouped_attention(query_THD, key_THD, value_THD, scaling, sliding_window, *groups)[None], None
 
 
@@ -934,8 +1244,8 @@ def grouped_attention(query_THD, key_THD, value_THD, scaling, sliding_window, ro
     outputs = []
     for rows_GL in rows:
         n, length = rows_GL.shape
-        if n == 1:  # one document is a slice of the row, without a copy
-            start = int(rows_GL[0, 0])
+        start = int(rows_GL[0, 0])
+        if n == 1 and int(rows_GL[0, -1]) - start == length - 1:  # a slice of the row, without a copy
             qkv = [tensor[None, start : start + length] for tensor in (query_THD, key_THD, value_THD)]
         else:
             index = rows_GL.flatten()
@@ -963,3 +1273,398 @@ def varlen_mask(*args, attention_mask=None, **kwargs):
 
 AttentionInterface.register("varlen", varlen_attention)
 AttentionMaskInterface.register("varlen", varlen_mask)
+
+# ============================================================================================================
+# 2. Rewards
+# ============================================================================================================
+
+PROMPT_FEATURES = Features(
+    input_ids=List(Value("int32")),
+    length=Value("int64"),
+    prompt=Value("string"),
+    columns=Value("string"),
+    dropped=Value("string"),
+    unused=Value("string"),
+)
+
+
+def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None):
+    """A row with a `prompt`, text or messages, -> PROMPT_FEATURES.
+
+    input_ids are the prompt's, with the header that opens an answer; prompt and columns (all others, for the
+    rewards) are JSON text. dropped: why the row is not used, or "". Raises UserError for a row without a
+    prompt or with one that ends in an answer.
+    """
+    refuse_images(row)
+    if isinstance(row.get("prompt"), list):
+        prompt = read_messages(row, "prompt")
+        if prompt[-1]["role"] == "assistant":
+            raise UserError(
+                "`prompt` ends with an assistant message; remove it: that is for the model to write"
+            )
+        if tokenizer.chat_template is None:
+            raise UserError(
+                "the row holds messages, but the tokenizer has no chat template; give one by --chat-template"
+            )
+        source, arguments = tokenizer.get_chat_template(), row.get("chat_template_kwargs") or {}
+        template = ChatTemplate.cached(tokenizer, source, json.dumps(row.get("tools")), json.dumps(arguments))
+        text = template.render(prompt, generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        prompt = check_text(row, "prompt")
+        ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = [tokenizer.bos_token_id, *ids] if adds_bos(tokenizer) else ids
+    check_ids(ids, vocab_size)
+    dropped = (
+        f"longer than the {max_length} tokens that are left for a prompt" if len(ids) > max_length else ""
+    )
+    columns = {name: value for name, value in row.items() if name not in ("prompt", "chat_template_kwargs")}
+    return {
+        "input_ids": ids,
+        "length": len(ids),
+        "prompt": json.dumps(prompt),
+        "columns": json.dumps(columns),
+        "dropped": dropped,
+        "unused": "",
+    }
+
+
+# ---- Reward functions: (prompts, completions, completion_ids, **columns of the data) -> [float or None] ----
+
+
+def text_of(completion):
+    """What was said: a completion is text, or messages whose last one counts."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def accuracy(completions, answer=None, solution=None, **_):
+    """1 where the completion's final answer is that of the column `answer` or `solution`, else 0; None where
+    the row has neither."""
+    golds = solution if answer is None else answer
+    if golds is None:
+        raise ValueError("the accuracy reward needs a column `answer` or `solution`")
+    pairs = zip(completions, golds, strict=True)
+    return [None if gold is None else float(answers_agree(text_of(said), str(gold))) for said, gold in pairs]
+
+
+def think_format(completions, **_):
+    """1 where all begins with one <think> block that is followed by an answer, else 0."""
+    pattern = re.compile(r"<think>(?!.*<think>).*?</think>\s*\S", re.DOTALL)
+    return [float(bool(pattern.match(text_of(said)))) for said in completions]
+
+
+def answers_agree(said, gold):
+    """Whether a completion ends in the right answer, as a number where both are numbers."""
+    said, gold = final_answer(said), final_answer(gold)
+    numbers = as_number(said), as_number(gold)
+    return numbers[0] == numbers[1] if None not in numbers else said.casefold() == gold.casefold()
+
+
+def final_answer(text):
+    r"""What follows the thinking, and in it what stands in the last \boxed{} or after ####, or all of it."""
+    text = text.rpartition("</think>")[2]
+    if (start := text.rfind(r"\boxed{")) >= 0:
+        depth = 0
+        for place in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[place], 0)
+            if depth == 0:
+                return text[start + 7 : place].strip()
+    return text.rpartition("####")[2].strip()
+
+
+def as_number(text):
+    """The value of a number in digits, with $, thousands separators, a final point or an exponent, or of a
+    fraction of two; None for anything else. Exact: 0.1 is 1/10."""
+    text = re.sub(r"^\\?\$|\\?\$$|\.$", "", text.strip()).strip()
+    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
+    text = re.sub(r"^\\d?frac\{([^{}]+)\}\{([^{}]+)\}$", r"\1/\2", text)
+    try:
+        return Fraction(re.sub(r"\s*/\s*", "/", text))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+REWARDS = {"accuracy": accuracy, "think-format": think_format}
+
+
+# ---- Running them in a process of their own ----------------------------------------------------------------
+
+
+def load_reward(name):
+    """A reward function of ours by its name, or of a user's by path/to/file.py:function."""
+    if name in REWARDS:
+        return REWARDS[name]
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--rewards {name}: neither FILE.py:FUNCTION nor one of {', '.join(REWARDS)}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--rewards {name}: {path} cannot be imported: {error!r}") from error
+    if not callable(reward := getattr(module, function, None)):
+        raise UserError(f"--rewards {name}: {path} has no function {function}")
+    if "environments" in inspect.signature(reward).parameters:
+        raise UserError(
+            f"--rewards {name} asks for `environments`; give the environment a `get_reward` instead"
+        )
+    return reward
+
+
+def serve_rewards(pipe, names):
+    """The worker process: answers (index of a reward, arguments) with ("ok", values) or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        rewards = [load_reward(name) for name in names]
+    except UserError as error:
+        return pipe.send(("refused", str(error)))
+    pipe.send(("ok", None))
+    while True:
+        try:
+            index, arguments = pipe.recv()
+        except EOFError:  # the trainer has ended
+            return None
+        try:
+            values = rewards[index](**arguments)
+            if inspect.isawaitable(values):
+                values = asyncio.run(as_coroutine(values))
+            pipe.send(("ok", [None if value is None else float(value) for value in values]))
+        except Exception as error:
+            pipe.send(("exception", f"{error!r}"))
+
+
+async def as_coroutine(awaitable):
+    return await awaitable
+
+
+class RewardWorker:
+    """Reward functions in a process that is killed and replaced when a call hangs or crashes.
+
+    A batch whose call fails is judged again one completion at a time, so that only those fail that are to
+    blame.
+    """
+
+    def __init__(self, names, timeout):
+        """names: as in load_reward. timeout: seconds a call may take. Raises UserError for a bad name."""
+        self.names, self.timeout, self.problem = names, timeout, ""  # what the newest exception said
+        self.context = multiprocessing.get_context("forkserver")
+        self.start()
+
+    def start(self):
+        self.pipe, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=serve_rewards, args=(theirs, self.names), daemon=True)
+        self.process.start()
+        theirs.close()
+        kind, problem = self.receive(deadline=300)
+        if kind != "ok":
+            self.stop()
+            raise UserError(problem if kind == "refused" else f"the reward process does not start: {kind}")
+
+    def stop(self):
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+    def receive(self, deadline):
+        """-> what the worker says, or why it says nothing."""
+        try:
+            return self.pipe.recv() if self.pipe.poll(deadline) else ("timeout", None)
+        except (EOFError, OSError):
+            return "crash", None
+
+    def call(self, index, arguments):
+        """-> values, one for each completion, or None; and what went wrong, or ""."""
+        self.pipe.send((index, arguments))
+        kind, values = self.receive(self.timeout)
+        if kind in ("timeout", "crash"):
+            self.stop()
+            self.start()
+        if kind == "ok" and len(values) != len(arguments["completions"]):
+            return None, "count"
+        if kind == "exception":
+            self.problem = f"{self.names[index]} raised {values}"
+        return (values, "") if kind == "ok" else (None, kind)
+
+    def __call__(self, prompts, completions, completion_ids, columns):
+        """columns: name -> a value for each completion -> rewards_SR, (completions, rewards): NaN where a
+        function says None, and everywhere for a completion where one failed; and why, a Counter of kinds."""
+        arguments = {
+            "prompts": prompts,
+            "completions": completions,
+            "completion_ids": completion_ids,
+            **columns,
+        }
+        rewards_SR, failures = np.full((len(completions), len(self.names)), np.nan), Counter()
+        failed = set()
+        for index in range(len(self.names)):
+            values, kind = self.call(index, arguments)
+            if values is None:
+                values = []
+                for place in range(len(completions)):
+                    one = {name: column[place : place + 1] for name, column in arguments.items()}
+                    value, kind = self.call(index, one) if failures["timeout"] < 8 else (None, "timeout")
+                    values += value or [math.nan]
+                    if value is None:
+                        failures[kind] += 1
+                        failed.add(place)
+            for place, value in enumerate(values):
+                if value is not None and not math.isfinite(value) and place not in failed:
+                    failures["not finite"] += 1
+                    failed.add(place)
+                rewards_SR[place, index] = math.nan if value is None else value
+        rewards_SR[sorted(failed)] = np.nan
+        return rewards_SR, failures
+
+
+# ============================================================================================================
+# 3. Rollout engines and weight sync
+# ============================================================================================================
+
+
+@dataclass
+class Rollout:
+    """One completion of a prompt, on the CPU; `logps` has an entry for each of `ids`."""
+
+    prompt_ids: list
+    ids: list
+    logps: list
+    """The sampler's log-prob of each token, at its temperature."""
+    is_finished: bool
+    """Whether it ended by a stop token rather than by its length."""
+
+
+class HFEngine:
+    """Embedded generation with a copy of the policy: transformers' forward, our own sampling and cache.
+
+    A prompt is computed once for all of its samples; decoding is a packed row with a token of each sequence.
+    Every token is drawn by inverting the distribution at a uniform number that depends on the sequence's key
+    and the token's place alone, so that what is generated together does not change samples.
+    """
+
+    CACHE_TOKENS = 2**17  # most tokens, prompts included, of the sequences that are decoded together
+
+    def __init__(self, model):
+        """model: a causal language model with the attention "varlen", in the dtype to compute in."""
+        self.model = model.eval().requires_grad_(False)
+        self.parameters = dict(model.named_parameters())
+        self.device, self.version = next(model.parameters()).device, 0
+
+    @torch.no_grad()
+    def load_weights(self, weights, version):
+        """weights: (name, whole tensor) pairs, named as by `named_parameters`; what is not named stays.
+        version: the optimizer step that they come from."""
+        for name, weight in weights:
+            self.parameters[name].copy_(weight)
+        self.version = version
+
+    def generate(self, prompts, keys, num_samples, max_lengths, temperature, stop_ids):
+        """prompts: token ids; for each, keys: a tuple of ints from which its samples are drawn, max_lengths:
+        the most new tokens. temperature 0 is greedy -> [[Rollout, ...] of num_samples for each prompt]."""
+        results, begin = [], 0
+        sizes = [num_samples * (len(ids) + new) for ids, new in zip(prompts, max_lengths, strict=True)]
+        while begin < len(prompts):
+            end = begin + 1
+            while end < len(prompts) and sum(sizes[begin : end + 1]) <= self.CACHE_TOKENS:
+                end += 1
+            some = (each[begin:end] for each in (prompts, keys, max_lengths))
+            results += self.generate_together(*some, num_samples, temperature, stop_ids)
+            begin = end
+        return results
+
+    @torch.no_grad()
+    def generate_together(self, prompts, keys, max_lengths, num_samples, temperature, stop_ids):
+        batch = collate([(np.array(ids), np.zeros(len(ids), bool)) for ids in prompts], self.device)
+        longest = max(max_lengths)
+        cache = KVCache(batch.inputs["cu_seq_lens_q"].long(), num_samples, longest)
+        logits_PV = self.model(**batch.inputs, logits_to_keep=batch.last_B, kv_cache=cache).logits[0]
+        logits_SV = logits_PV.repeat_interleave(num_samples, 0)  # S: sequences in the cache
+        uniform_RT = np.zeros((len(prompts) * num_samples, longest))  # R: all that are asked for
+        for row in range(len(uniform_RT)):
+            key = [*keys[row // num_samples], row % num_samples]
+            uniform_RT[row] = np.random.default_rng(key).random(longest)
+        limits_R, stop_K = np.repeat(max_lengths, num_samples), torch.tensor(stop_ids, device=self.device)
+        rollouts = [Rollout(prompts[row // num_samples], [], [], False) for row in range(len(limits_R))]
+        rows_S = np.arange(len(rollouts))  # which rollout a sequence in the cache is
+        is_growing_S = np.ones(len(rollouts), bool)
+        for place in range(longest):
+            uniform_S = torch.from_numpy(uniform_RT[rows_S, place]).to(self.device)
+            token_S, logp_S = draw(logits_SV.float(), temperature, uniform_S)
+            tokens, logps, stops = token_S.tolist(), logp_S.tolist(), torch.isin(token_S, stop_K).tolist()
+            for index in is_growing_S.nonzero()[0]:
+                rollout = rollouts[rows_S[index]]
+                rollout.ids.append(tokens[index])
+                rollout.logps.append(logps[index])
+                rollout.is_finished = stops[index]
+            is_growing_S &= ~np.array(stops) & (limits_R[rows_S] > place + 1)
+            if not is_growing_S.any():
+                break
+            if is_growing_S.mean() < 0.75:  # else copying the cache costs more than ended sequences do
+                kept = torch.from_numpy(is_growing_S.nonzero()[0]).to(self.device)
+                cache.keep(kept)
+                token_S, rows_S = token_S[kept], rows_S[is_growing_S]
+                is_growing_S = np.ones(len(rows_S), bool)
+            inputs = {"input_ids": token_S[None], "position_ids": cache.length_S[None]}
+            logits_SV = self.model(**inputs, attention_mask=None, use_cache=False, kv_cache=cache).logits[0]
+            cache.length_S += 1
+            cache.longest += 1
+        return [rollouts[first : first + num_samples] for first in range(0, len(rollouts), num_samples)]
+
+
+class KVCache:
+    """Keys and values of all layers, (S, H_kv, L, D) each, of sequences that begin at L = 0 and grow
+    together; `varlen_attention` fills and reads it."""
+
+    def __init__(self, cu_seqlens, num_samples, new_tokens):
+        """cu_seqlens: where the prompts of the packed row that comes first begin and end."""
+        lengths_P = cu_seqlens.diff()
+        self.num_samples, self.new_tokens, self.longest = num_samples, new_tokens, int(lengths_P.max())
+        places_L = torch.arange(self.longest, device=cu_seqlens.device)
+        self.index_PL = (cu_seqlens[:-1, None] + places_L).clamp(max=int(cu_seqlens[-1]) - 1)
+        self.length_S = lengths_P.repeat_interleave(num_samples)
+        self.keys, self.values = {}, {}
+
+    def fill(self, layer, key_THD, value_THD):
+        """Take the packed prompts' keys and values, once for each sample."""
+        for store, tensor_THD in ((self.keys, key_THD), (self.values, value_THD)):
+            prompts_PHLD = tensor_THD[self.index_PL].transpose(1, 2)
+            p, h, length, d = prompts_PHLD.shape
+            store[layer] = prompts_PHLD.new_zeros(p * self.num_samples, h, length + self.new_tokens, d)
+            store[layer][:, :, :length] = prompts_PHLD.repeat_interleave(self.num_samples, 0)
+
+    def attend(self, layer, query_SHD, key_SHD, value_SHD, scaling, window):
+        """Append a token to each sequence, and attend from it to all of its own -> (S, H, D)."""
+        sequences = torch.arange(len(self.length_S), device=key_SHD.device)
+        self.keys[layer][sequences, :, self.length_S] = key_SHD
+        self.values[layer][sequences, :, self.length_S] = value_SHD
+        key_SHLD, value_SHLD = (store[layer][:, :, : self.longest + 1] for store in (self.keys, self.values))
+        places_L = torch.arange(self.longest + 1, device=key_SHD.device)
+        mask_SL = places_L <= self.length_S[:, None]
+        if window is not None:
+            mask_SL &= places_L > self.length_S[:, None] - window
+        gqa = query_SHD.shape[1] != key_SHD.shape[1]
+        mask, query_SH1D = mask_SL[:, None, None], query_SHD[:, :, None]
+        return F.scaled_dot_product_attention(
+            query_SH1D, key_SHLD, value_SHLD, attn_mask=mask, scale=scaling, enable_gqa=gqa
+        ).squeeze(2)
+
+    def keep(self, sequences):
+        """Drop all other sequences."""
+        self.length_S = self.length_S[sequences]
+        for store in (self.keys, self.values):
+            for layer, tensor in store.items():
+                store[layer] = tensor[sequences]
+
+
+def draw(logits_SV, temperature, uniform_S):
+    """A token for each row and its log-prob: the arg-max at temperature 0, else where the cumulative
+    distribution passes uniform_S, in [0, 1)."""
+    logps_SV = (logits_SV / (temperature or 1)).log_softmax(-1)
+    if temperature == 0:
+        token_S = logps_SV.argmax(-1)
+    else:
+        cdf_SV = logps_SV.exp().cumsum(-1)
+        # Below the last value even if the product rounds up: else a token without probability could be drawn.
+        level_S = uniform_S.float().clamp(max=1 - 2**-22) * cdf_SV[:, -1]
+        token_S = torch.searchsorted(cdf_SV, level_S[:, None], right=True).squeeze(1)
+    return token_S, logps_SV.gather(1, token_S[:, None]).squeeze(1)

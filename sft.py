@@ -26,8 +26,10 @@ CPU:    python sft.py                                (the embedded model and dat
 nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 sft.py ...
 """
 
+import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -36,7 +38,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -55,6 +57,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -117,7 +120,7 @@ class Args:
     dataset_split: str = "train"
     """Split of a hub dataset or of a saved DatasetDict."""
     eval_dataset: tuple[str, ...] = (str(ASSETS / "messages_eval.jsonl"),)
-    """Held-out data, as --dataset; none with --eval-dataset alone."""
+    """Held-out data, as --dataset; none with --eval-dataset alone, or if only --dataset is given."""
     eval_split: str = "test"
     """Split of the held-out data, as --dataset-split."""
     max_length: int | None = None
@@ -139,10 +142,9 @@ class Args:
     max_steps: int | None = None
     """Optimizer steps; takes precedence over --epochs."""
     learning_rate: float = 1e-3
-    """Peak learning rate. The default suits the embedded 1M model: use about 1e-5 for 1B and more, 1e-4 with
-    LoRA."""
+    """Peak learning rate. The default suits the embedded 1M model: see the README for larger ones."""
     lr_schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    """Decay after warm-up, to 0 at the last step; wsd is constant, then linear over the last fifth."""
+    """Decay after warm-up, to 0 after the last step; wsd is constant, then linear over the last fifth."""
     warmup_steps: float = 0.05
     """Steps over which the learning rate rises linearly from 0; below 1, a share of all steps."""
     weight_decay: float = 0.0
@@ -232,6 +234,7 @@ class TokenStats(NamedTuple):
     entropy_N: torch.Tensor
     is_top1_N: torch.Tensor
     mean_logps_N: torch.Tensor | None
+    log_sum_sq_N: torch.Tensor | None
     aux_loss: torch.Tensor | None
 
 
@@ -244,27 +247,31 @@ class Head(NamedTuple):
 
 
 class ChunkedLogProbs(torch.autograd.Function):
-    """Log-probs of labels, entropy, arg-max hits and (if asked) mean log-probs, without holding logits (N,
-    V).
+    """Log-probs of labels, entropy, arg-max hits and, if asked, mean log-probs and the log of the sum of
+    squared probabilities, without holding logits (N, V).
 
     logits = softcap tanh(scale (hidden_ND @ weight_VD.T + bias_V) / softcap) / temperature, a chunk of
-    positions at a time, recomputed in the backward. The log-sum-exp is fp32; weight gradients accumulate in
-    fp32. All outputs but is_top1_N can be differentiated: with p a position's softmax and H its entropy,
+    positions at a time. The backward computes them again, but for the last chunk of the newest forward, which
+    is kept: its backward comes next. The log-sum-exp is fp32; weight gradients accumulate in fp32. Log-probs,
+    their means and entropy can be differentiated; p is a position's softmax, H its entropy:
         d logp / d logits = onehot - p,  d mean_logp / d logits = 1/V - p,  d H / d logits = -p (log p + H).
     """
 
-    CHUNK_ELEMENTS = 2**24, 2**28  # logits held at a time: on CPU 64 MiB, on CUDA 1 GiB
+    CHUNK_ELEMENTS = 2**25, 2**28  # logits held at a time: on CPU 128 MiB, on CUDA 1 GiB
+    newest = None, None  # a mark of the newest forward, and its last chunk's logits
 
     @staticmethod
-    def chunks(hidden_ND, weight_VD, buffers):
-        """(rows, a (C, V) view of each fp32 buffer) a chunk. Chunks share them: fresh memory is slow on
-        CPU."""
-        size = max(1, ChunkedLogProbs.CHUNK_ELEMENTS[hidden_ND.is_cuda] // len(weight_VD))
-        shape = (buffers, min(size, len(hidden_ND)), len(weight_VD))
-        buffers_KCV = torch.empty(shape, dtype=torch.float32, device=hidden_ND.device)
-        for start in range(0, len(hidden_ND), size):
-            rows = slice(start, min(start + size, len(hidden_ND)))
-            yield rows, *buffers_KCV[:, : rows.stop - start]
+    def slices(hidden_ND, weight_VD):
+        """Chunks of positions, about as long as each other."""
+        limit, n = ChunkedLogProbs.CHUNK_ELEMENTS[hidden_ND.is_cuda], len(hidden_ND)
+        size = max(1, -(-n // max(1, math.ceil(n * len(weight_VD) / limit))))
+        return [slice(start, min(start + size, n)) for start in range(0, n, size)]
+
+    @staticmethod
+    def new_buffer(slices, weight_VD):
+        """For the logits of a chunk: they share it, as fresh memory is slow."""
+        size = max((rows.stop - rows.start for rows in slices), default=0)
+        return torch.empty(size, len(weight_VD), dtype=torch.float32, device=weight_VD.device)
 
     @staticmethod
     def logits(hidden_CD, weight_VD, bias_V, head, out_CV):
@@ -285,11 +292,14 @@ class ChunkedLogProbs(torch.autograd.Function):
             out_CV /= head.temperature
 
     @staticmethod
-    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, head, want_mean):
+    def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, head, want_mean, want_sum_sq):
         new_N = functools.partial(hidden_ND.new_empty, len(hidden_ND))
-        logps_N, lse_N, entropy_N, mean_N = (new_N(dtype=torch.float32) for _ in range(4))
+        logps_N, lse_N, entropy_N, mean_N, log_sum_sq_N = (new_N(dtype=torch.float32) for _ in range(5))
         is_top1_N = new_N(dtype=torch.bool)
-        for rows, logits_CV, probs_CV in ChunkedLogProbs.chunks(hidden_ND, weight_VD, buffers=2):
+        slices = ChunkedLogProbs.slices(hidden_ND, weight_VD)
+        buffers = [ChunkedLogProbs.new_buffer(slices, weight_VD) for _ in range(2)]
+        for rows in slices:
+            logits_CV, probs_CV = (buffer_CV[: rows.stop - rows.start] for buffer_CV in buffers)
             ChunkedLogProbs.logits(hidden_ND[rows], weight_VD, bias_V, head, logits_CV)
             torch.softmax(logits_CV, -1, out=probs_CV)
             label_C1, best_C1 = labels_N[rows, None], logits_CV.argmax(-1, keepdim=True)
@@ -300,14 +310,18 @@ class ChunkedLogProbs(torch.autograd.Function):
             entropy_N[rows] = lse_N[rows] - torch.bmm(probs_CV[:, None], logits_CV[:, :, None]).flatten()
             if want_mean:
                 mean_N[rows] = logits_CV.mean(-1) - lse_N[rows]
+            if want_sum_sq:
+                log_sum_sq_N[rows] = probs_CV.square_().sum(-1).log()
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, labels_N, lse_N, entropy_N)
-        ctx.head = head
-        ctx.mark_non_differentiable(is_top1_N)
+        ctx.head, ctx.mark = head, object()
+        ChunkedLogProbs.newest = (ctx.mark, buffers[0]) if any(ctx.needs_input_grad) else (None, None)
+        ctx.mark_non_differentiable(is_top1_N, log_sum_sq_N)
         ctx.set_materialize_grads(False)
-        return logps_N, entropy_N, is_top1_N, mean_N if want_mean else None
+        optional = (mean_N if want_mean else None, log_sum_sq_N if want_sum_sq else None)
+        return logps_N, entropy_N, is_top1_N, *optional
 
     @staticmethod
-    def backward(ctx, grad_logps_N, grad_entropy_N, _, grad_mean_N):
+    def backward(ctx, grad_logps_N, grad_entropy_N, _top1, grad_mean_N, _sum_sq):
         hidden_ND, weight_VD, bias_V, labels_N, lse_N, entropy_N = ctx.saved_tensors
         head, want_weight, want_bias = ctx.head, ctx.needs_input_grad[1], ctx.needs_input_grad[2]
         grad_logps_N = torch.zeros_like(lse_N) if grad_logps_N is None else grad_logps_N
@@ -315,8 +329,14 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias else None
-        for rows, grad_CV in ChunkedLogProbs.chunks(hidden_ND, weight_VD, buffers=1):
-            ChunkedLogProbs.logits(hidden_ND[rows], weight_VD, bias_V, head, grad_CV)
+        slices = ChunkedLogProbs.slices(hidden_ND, weight_VD)
+        (mark, buffer_CV), ChunkedLogProbs.newest = ChunkedLogProbs.newest, (None, None)
+        has_last = mark is ctx.mark
+        buffer_CV = buffer_CV if has_last else ChunkedLogProbs.new_buffer(slices, weight_VD)
+        for rows in reversed(slices):
+            grad_CV = buffer_CV[: rows.stop - rows.start]
+            if rows != slices[-1] or not has_last:
+                ChunkedLogProbs.logits(hidden_ND[rows], weight_VD, bias_V, head, grad_CV)
             slope_CV = 1 - (grad_CV * (head.temperature / head.softcap)) ** 2 if head.softcap else 1
             grad_CV -= lse_N[rows, None]  # now log p
             if grad_entropy_N is None:
@@ -339,10 +359,10 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_weight_VD += torch.mm(grad_CV.T, hidden_ND[rows], out_dtype=torch.float32)
             elif want_weight:
                 grad_weight_VD += grad_CV.T @ hidden_ND[rows]
-        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None
+        return grad_hidden_ND, grad_weight_VD, grad_bias_V, None, None, None, None
 
 
-def token_stats(self, batch, temperature=1.0, want_mean=False, want_aux_loss=False):
+def token_stats(self, batch, temperature=1.0, want_mean=False, want_sum_sq=False, want_aux_loss=False):
     """A method for causal language models: MicroBatch -> TokenStats at its trained positions.
 
     Honours what architectures do to logits: bias, multipliers (Cohere, Granite, Falcon-H1), soft-cap (Gemma).
@@ -356,7 +376,8 @@ def token_stats(self, batch, temperature=1.0, want_mean=False, want_aux_loss=Fal
     outputs = self.base_model(**batch.inputs, **extra)
     lm_head = self.get_output_embeddings()
     hidden_ND = outputs.last_hidden_state[0].index_select(0, batch.positions_N).to(lm_head.weight.dtype)
-    stats = ChunkedLogProbs.apply(hidden_ND, lm_head.weight, lm_head.bias, batch.labels_N, head, want_mean)
+    weights, wanted = (lm_head.weight, lm_head.bias), (want_mean, want_sum_sq)
+    stats = ChunkedLogProbs.apply(hidden_ND, *weights, batch.labels_N, head, *wanted)
     aux_loss = None
     if want_aux_loss:  # the load-balancing loss of this micro-batch, by the architecture's own function
         balance = sys.modules[type(self.base_model).__module__].load_balancing_loss_func
@@ -393,13 +414,18 @@ def row_lengths(data, args):
     return lengths
 
 
+def rows_digest(data):
+    """A hash of all encoded rows, in their order."""
+    return hashlib.sha256("".join(data["digest"]).encode()).hexdigest()[:16]
+
+
 def describe(name, data, report, lengths):
     """Print what is used of a dataset, and why the rest is not."""
     dropped = ", ".join(f"{count} {reason}" for reason, count in report["dropped"].items()) or "none"
     unused = ", ".join(sorted(report["unused"])) or "none"
-    print(
-        f"{name:<9} {report['rows']} rows, {len(data)} used; dropped: {dropped}; columns not used: {unused}"
-    )
+    sources = ", ".join(data.unique("source"))
+    print(f"{name:<9} {sources}: {report['rows']} rows, {len(data)} used")
+    print(f"{'':<9} dropped: {dropped}; columns not used: {unused}")
     share, longest = sum(data["num_targets"]) / lengths.sum(), lengths.max()
     print(f"{'':<9} {lengths.sum()} tokens, {share:.1%} of them trained; the longest row has {longest}")
 
@@ -427,18 +453,29 @@ def check_shared_args(args):
         needs_lora = name.startswith("lora_") or name == "load_in_4bit"
         if needs_lora and args.lora_rank == 0 and getattr(args, name) != default:
             raise UserError(f"{flag(name)} needs adapters: add --lora-rank 16, or leave it out")
+    if args.warmup_steps > 1 and args.warmup_steps % 1:
+        raise UserError(f"--warmup-steps {args.warmup_steps} must be whole, or below 1: a share of all steps")
+    if not args.lora_targets:
+        raise UserError("--lora-targets names no module; leave it out for all linear layers")
     if any("lm_head" in target for target in args.lora_targets):
         raise UserError("--lora-targets lm_head is refused: log-probs are computed in chunks from its weight")
     if not args.dataset:
         raise UserError("--dataset is empty; name at least one file, directory or hub id")
     given = asdict(args)
     for name, sources in (("dataset_split", args.dataset), ("eval_split", args.eval_dataset)):
-        if given[name] != defaults[name] and all(
-            Path(parse_source(source)[0]).is_file() for source in sources
-        ):
-            raise UserError(f"{flag(name)} {given[name]} does not apply to files; leave it out")
+        paths = [Path(parse_source(source)[0]) for source in sources]
+        whole = all(path.is_file() or (path / "state.json").exists() for path in paths)
+        if given[name] != defaults[name] and whole:
+            raise UserError(
+                f"{flag(name)} {given[name]} does not apply to files and saved data; leave it out"
+            )
     if args.dataset_config and any(Path(parse_source(source)[0]).exists() for source in args.dataset):
         raise UserError(f"--dataset-config {args.dataset_config} applies to hub datasets only; leave it out")
+    if args.wandb == "online":
+        import wandb  # slow to import
+
+        if not wandb.api.api_key:
+            raise UserError("--wandb online needs an account: run `wandb login`, or use --wandb offline")
     if args.run_name and args.wandb == "disabled":
         raise UserError("--run-name is the run's name in wandb, which is disabled; leave it out")
     if args.batch_size < (ranks := int(os.environ.get("WORLD_SIZE", 1))):
@@ -448,9 +485,19 @@ def check_shared_args(args):
     output_dir = Path(args.output_dir or "runs").absolute()
     if args.output_dir and not args.resume and (output_dir / "args.json").exists():
         raise UserError(f"--output-dir {args.output_dir} holds a run already; add --resume, or name another")
+    ours = ("final", "metrics.jsonl", "script.py", "common.py", "checkpoint-*")
+    if not (output_dir / "args.json").exists() and (found := [*itertools.chain(*map(output_dir.glob, ours))]):
+        raise UserError(f"--output-dir {output_dir} has {found[0].name}, but no run; name another directory")
     existing = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         raise UserError(f"--output-dir {output_dir} cannot be written: {existing} is no writable directory")
+
+
+def without_foreign_eval(args):
+    """The flags without the embedded held-out data, which say nothing of other data."""
+    defaults = type(args)()
+    own = args.dataset != defaults.dataset and args.eval_dataset == defaults.eval_dataset
+    return replace(args, eval_dataset=()) if own else args
 
 
 def flag(name):
@@ -458,29 +505,47 @@ def flag(name):
     return f"--{name.replace('_', '-')}"
 
 
+def adapter_config(args):
+    """The config of the LoRA adapter that --model is, to be trained further; None if it is a model."""
+    if not (Path(args.model) / "adapter_config.json").exists():
+        return None
+    try:
+        adapter = LoraConfig.from_pretrained(args.model)
+    except Exception as error:  # not LoRA, or no valid JSON
+        raise UserError(f"--model {args.model}: its adapter config cannot be loaded: {error}") from error
+    if args.lora_rank != adapter.r:
+        raise UserError(
+            f"--model {args.model} is a LoRA adapter; add --lora-rank {adapter.r}, its rank, to train it "
+            "further. A model that holds it comes from --lora-merge"
+        )
+    for name in ("lora_alpha", "lora_targets", "lora_rslora"):
+        if getattr(args, name) != getattr(type(args)(), name):
+            raise UserError(f"{flag(name)}: the adapter {args.model} brings its own; leave it out")
+    return adapter
+
+
+def base_model(args):
+    """--model, or what the adapter that it is belongs to."""
+    adapter = adapter_config(args)
+    return adapter.base_model_name_or_path if adapter else args.model
+
+
 def load_config(args):
     """The model's config, every dropout set to 0; UserError where there is no model."""
-    if (Path(args.model) / "adapter_config.json").exists():
-        raise UserError(f"--model {args.model} is a LoRA adapter; give a model (--lora-merge exports one)")
     try:
-        config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
+        config = AutoConfig.from_pretrained(base_model(args), trust_remote_code=args.trust_remote_code)
     except Exception as error:  # hub, file and format errors alike
         raise UserError(f"--model {args.model}: its config cannot be loaded: {error}") from error
-    for name, value in config.to_dict().items():
-        if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
     return config
 
 
-def check_lengths(args, config, tokenizer):
-    """The most tokens of an example; UserError where flags, tokenizer and model do not fit together."""
-    text, largest = config.get_text_config(), max(tokenizer.get_vocab().values())
-    context = getattr(text, "max_position_embeddings", None)
-    if largest >= text.vocab_size:
-        raise UserError(
-            f"--model {args.model}: the tokenizer has ids up to {largest}, but the model's vocabulary is "
-            f"{text.vocab_size}; resize its embeddings, or use its own tokenizer"
-        )
+def check_lengths(args, config):
+    """The most tokens of an example; UserError where that is more than the model's context."""
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
     if args.max_length and context and args.max_length > context:
         raise UserError(f"--max-length {args.max_length} is above the model's context of {context} tokens")
     return args.max_length or context or args.micro_batch_tokens
@@ -492,10 +557,10 @@ def compute_dtype(args, device):
     return automatic if args.dtype == "auto" else getattr(torch, args.dtype)
 
 
-def load_policy(args, config, device):
+def load_policy(args, config, device, kind=AutoModelForCausalLM):
     """The model to train: float32 weights; with LoRA, frozen in --dtype or 4 bits, with float32 adapters."""
     dtype, quantization = compute_dtype(args, device) if args.lora_rank else torch.float32, None
-    if args.load_in_4bit:
+    if getattr(args, "load_in_4bit", False):
         if not find_spec("bitsandbytes"):
             raise UserError("--load-in-4bit needs bitsandbytes: pip install bitsandbytes==0.50.2")
         nf4 = {
@@ -504,9 +569,11 @@ def load_policy(args, config, device):
             "bnb_4bit_compute_dtype": dtype,
         }
         quantization = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    if "flex" in args.attention and device.type == "cpu":
+        raise UserError(f"--attention {args.attention} cannot train on a CPU; take varlen, sdpa or eager")
     try:
-        policy = AutoModelForCausalLM.from_pretrained(
-            args.model,
+        policy = kind.from_pretrained(
+            base_model(args),
             config=config,
             dtype=dtype,
             attn_implementation=args.attention,
@@ -523,54 +590,77 @@ def load_policy(args, config, device):
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     try:
-        policy.generation_config.validate(strict=True)
+        if policy.can_generate():
+            policy.generation_config.validate(strict=True)
     except ValueError:  # it could not be saved at the end: keep only what is certain
         kept = ("bos_token_id", "eos_token_id", "pad_token_id")
         kept = {name: getattr(policy.generation_config, name) for name in kept}
         policy.generation_config = GenerationConfig(**kept)
+    if score := getattr(policy, "score", None):  # a reward model's head stays float32 with LoRA, too
+        score.float()
     if args.gradient_checkpointing:
+        if not policy.supports_gradient_checkpointing:
+            raise UserError(
+                f"--gradient-checkpointing: {config.model_type} does not support it; leave it out"
+            )
         policy.gradient_checkpointing_enable({"use_reentrant": False})
         policy.enable_input_require_grads()
-    if args.lora_rank == 0:
-        return policy
+    if args.lora_rank:
+        policy = add_adapters(args, policy)
+        adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
+        if args.lora_merge and adapted and config.tie_word_embeddings:
+            raise UserError(
+                "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
+                "out or take other --lora-targets"
+            )
+    return policy
+
+
+def add_adapters(args, policy):
+    """The model with new LoRA adapters, or with those that --model names."""
+    if adapter := adapter_config(args):
+        adapter.lora_dropout = args.lora_dropout
+        return PeftModel.from_pretrained(policy, args.model, is_trainable=True, config=adapter)
     targets = () if args.lora_targets == ("all-linear",) else args.lora_targets
-    names = [name for name, _ in policy.named_modules()]
+    weighted = [(name, m) for name, m in policy.named_modules() if hasattr(m, "weight")]
+    names = [name for name, m in weighted if m.weight.ndim == 2]
     linear = {name.split(".")[-1] for name, m in policy.named_modules() if isinstance(m, torch.nn.Linear)}
     for target in targets:
         if not any(f".{name}".endswith(f".{target}") for name in names):
             raise UserError(
-                f"--lora-targets {target} matches no module. The model has {', '.join(sorted(linear))}; "
+                f"--lora-targets {target} matches no linear layer; there are {', '.join(sorted(linear))}. "
                 "all-linear, which takes all of these but lm_head, stands alone"
             )
+    if args.lora_rank > (size := policy.config.get_text_config().hidden_size):
+        raise UserError(f"--lora-rank {args.lora_rank} is above the model's hidden size, {size}; lower it")
     lora = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
         target_modules=list(targets) or "all-linear",
         use_rslora=args.lora_rslora,
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if hasattr(policy, "score") else "CAUSAL_LM",  # SEQ_CLS trains the score head
     )
     try:
         policy = get_peft_model(policy, lora)
     except ValueError as error:
         raise UserError(f"--lora-targets {' '.join(args.lora_targets)}: {error}") from error
-    adapted = not isinstance(causal_lm(policy).get_input_embeddings(), torch.nn.Embedding)
-    if args.lora_merge and adapted and config.tie_word_embeddings:
+    if hasattr(unwrap(policy).get_output_embeddings(), "lora_A"):
         raise UserError(
-            "--lora-merge would change the output head too, which is tied to the embeddings; leave it out "
-            "or take other --lora-targets"
+            f"--lora-targets {' '.join(args.lora_targets)} takes the output head, which is refused: log-"
+            "probs are computed in chunks from its weight"
         )
     return policy
 
 
-def causal_lm(policy):
-    """The causal language model itself, which LoRA wraps."""
+def unwrap(policy):
+    """The model itself, which LoRA wraps."""
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
 def shard(policy, args, device, forward_methods):
     """FSDP2 over decoder layers and root, in place: float32 shards and reductions, computed in --dtype."""
-    model = causal_lm(policy)
+    model = unwrap(policy)
     names = model._no_split_modules or ()  # the classes of decoder layers
     layers = [module for module in model.modules() if type(module).__name__ in names]
     if args.compile:
@@ -580,8 +670,10 @@ def shard(policy, args, device, forward_methods):
     if world_size > 1 or dtype != torch.float32:  # else there is nothing to shard or to cast
         options = {"mesh": init_device_mesh(device.type, (world_size,))}
         options |= {"mp_policy": MixedPrecisionPolicy(dtype, torch.float32)}
-        if args.load_in_4bit:  # 4-bit weights cannot be sharded
+        if getattr(args, "load_in_4bit", False):  # 4-bit weights cannot be sharded
             options["ignored_params"] = {weight for weight in model.parameters() if not weight.requires_grad}
+        if score := getattr(model, "score", None):
+            fully_shard(score, **options | {"mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)})
         for module in (*layers, model):
             fully_shard(module, **options)
         for method in forward_methods:
@@ -591,20 +683,26 @@ def shard(policy, args, device, forward_methods):
 
 @torch.no_grad()
 def self_check(policy, device, dtype):
-    """Compare log-probs with the model's own forward, on two short documents -> whether they can be packed.
+    """Compare log-probs with the model's own forward, on short documents -> what they bear: standing in one
+    row ("packed"), and with a prompt that they share ("shared"), or neither ("alone").
 
     Raises UserError if a later token changes those before it (the architecture does not honour --attention),
     or if the log-probs of a document alone differ from the model's own: then token_stats does not know what
     the architecture does between hidden states and logits. Where only packing differs, or one document
     changes the other, each must have its own row.
     """
-    model, tolerance = causal_lm(policy), 1e-3 if dtype == torch.float32 else 0.2
+    model, tolerance = unwrap(policy), 1e-3 if dtype == torch.float32 else 0.2
     name, text = model.config.model_type, model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     first, second = (torch.randint(text.vocab_size, (n,), generator=generator).numpy() for n in (7, 12))
+    branch = np.append(first[:4], second)
 
     def log_probs(*documents):
         return model.token_stats(collate([(ids, np.ones(len(ids))) for ids in documents], device)).logps_N
+
+    def branch_log_probs(start):
+        documents = (start, np.ones(len(start))), (branch, np.arange(len(branch)) >= 4)
+        return model.token_stats(collate(documents, device, share_prompts=True)).logps_N[len(start) - 1 :]
 
     def own_log_probs(ids):
         ids_BT = torch.from_numpy(ids).to(device)[None]
@@ -612,13 +710,19 @@ def self_check(policy, device, dtype):
         return logps_TV.gather(1, ids_BT[0, 1:, None]).squeeze(1)
 
     policy.eval()
-    packed_N, alone_N = log_probs(first, second), torch.cat([log_probs(first), log_probs(second)])
+    try:
+        packed_N, alone_N = log_probs(first, second), torch.cat([log_probs(first), log_probs(second)])
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        raise UserError(f"{name} is built in a way that token_stats does not know: {error!r}") from error
     expected_N = torch.cat([own_log_probs(first), own_log_probs(second)])
+    shared_error = (branch_log_probs(first) - own_log_probs(branch)[3:]).abs().max().item()
     other_end, other_first = second.copy(), (first + 1) % text.vocab_size
     other_end[-1] = (second[-1] + 1) % text.vocab_size
     # What a token cannot see changes its log-prob by nothing at all, whatever the dtype rounds.
     leak_back = (log_probs(second) - log_probs(other_end))[:-1].abs().max().item()
     leak_across = (packed_N - log_probs(other_first, second))[len(first) - 1 :].abs().max().item()
+    sibling = np.append(first[:4], other_first[4:])
+    leak_beside = (branch_log_probs(first) - branch_log_probs(sibling)).abs().max().item()
     policy.train()
     if leak_back > 1e-5:
         raise UserError(f"{name} lets tokens see later ones with this --attention; use --attention eager")
@@ -629,8 +733,10 @@ def self_check(policy, device, dtype):
         )
     rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
     length_dependent = "longrope" in rope or "dynamic" in rope  # which two short documents do not show
-    same = (packed_N - expected_N).abs().max().item() <= tolerance and leak_across <= 1e-5
-    return same and not length_dependent
+    packed_error = (packed_N - expected_N).abs().max().item()
+    if packed_error > tolerance or leak_across > 1e-5 or length_dependent:
+        return "alone"
+    return "packed" if shared_error > tolerance or leak_beside > 1e-5 else "shared"
 
 
 def make_optimizer(args, parameters):
@@ -649,6 +755,9 @@ def make_optimizer(args, parameters):
 def init_distributed():
     """Join the process group (of one without torchrun) -> rank, world size, device. gloo: see any_rank."""
     cuda, timeout = torch.cuda.is_available(), timedelta(minutes=30)
+    if not cuda and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
+        libc.mallopt(-4, 0)  # M_MMAP_MAX, M_TRIM_THRESHOLD: keep the memory that is freed. A tenth of a step
+        libc.mallopt(-1, -1)  # would go by on page faults in what was just given back
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -676,6 +785,14 @@ def any_rank(condition):
     return bool(votes)
 
 
+def check_same_data(*digests):
+    """UserError where ranks, such as those of several machines, have read different rows."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, digests)
+    if different := [rank for rank, theirs in enumerate(gathered) if theirs != gathered[0]]:
+        raise UserError(f"the rows of ranks 0 and {different[0]} differ: give all machines the same data")
+
+
 def full(tensor):
     """The whole of a tensor that FSDP may have sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -698,6 +815,8 @@ def stop_non_finite(step, loss, grad_norm, data, rows, plan, micro_losses):
 def choose_output_dir(args):
     """--output-dir, or a new name that rank 0 chooses for all."""
     name = [args.output_dir or f"runs/{Path(__file__).stem}-{datetime.now():%Y%m%d-%H%M%S}"]
+    while not args.output_dir and Path(name[0]).exists():  # a run that began in the same second
+        name[0] += "-2"
     dist.broadcast_object_list(name)
     return Path(name[0])
 
@@ -707,16 +826,18 @@ def complete_checkpoints(output_dir):
     return sorted(path for path in output_dir.glob("checkpoint-*") if (path / "progress.json").exists())
 
 
-def training_state(policy, optimizer):
+def training_state(policy, optimizer, frozen):
+    """What a checkpoint holds: trained weights, the optimizer's state, `frozen` models by name."""
     model_state, optimizer_state = get_state_dict(policy, optimizer, options=TRAINABLE)
     trained = {
         name for name, weight in policy.named_parameters(remove_duplicate=False) if weight.requires_grad
     }
     model_state = {name: weight for name, weight in model_state.items() if name in trained}
-    return {"model": model_state, "optimizer": optimizer_state}
+    others = {name: get_model_state_dict(model) for name, model in frozen.items()}
+    return {"model": model_state, "optimizer": optimizer_state, **others}
 
 
-def save_checkpoint(output_dir, progress, policy, optimizer, keep):
+def save_checkpoint(output_dir, progress, policy, optimizer, keep, **frozen):
     """Write checkpoint-<step> aside, then rename it: complete or absent. Delete all but the newest `keep`."""
     final = output_dir / f"checkpoint-{progress['step']:08d}"
     aside, rank = output_dir / f".{final.name}.partial", dist.get_rank()
@@ -727,7 +848,7 @@ def save_checkpoint(output_dir, progress, policy, optimizer, keep):
             shutil.rmtree(rest, ignore_errors=True)
     dist.barrier()
     try:
-        dcp.save(training_state(policy, optimizer), checkpoint_id=aside)
+        dcp.save(training_state(policy, optimizer, frozen), checkpoint_id=aside)
         if rank == 0:
             (aside / "progress.json").write_text(json.dumps(progress))
             aside.rename(final)
@@ -750,18 +871,21 @@ def first_failure(error):
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def load_checkpoint(path, policy, optimizer):
+def load_checkpoint(path, policy, optimizer, **frozen):
     """Restore weights and optimizer in place, on any number of ranks -> the saved progress."""
-    state = training_state(policy, optimizer)
+    state = training_state(policy, optimizer, frozen)
     try:
         dcp.load(state, checkpoint_id=path)
         progress = json.loads((path / "progress.json").read_text())
-    except (OSError, ValueError, CheckpointException) as error:
+        progress["step"], progress["tokens"]
+    except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
         raise UserError(
-            f"{path} cannot be read ({first_failure(error)}); delete it to resume from the one before"
+            f"{path} cannot be read ({first_failure(error)!r}); delete it to resume from the one before"
         ) from error
     both = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
     set_state_dict(policy, optimizer, **both, options=TRAINABLE)
+    for name, model in frozen.items():
+        set_model_state_dict(model, state[name])
     return progress
 
 
@@ -771,15 +895,14 @@ def check_resumable(output_dir, args, data_digest):
         return
     try:
         before, now = json.loads((output_dir / "args.json").read_text()), json.loads(json.dumps(asdict(args)))
-    except ValueError as error:
-        raise UserError(f"--resume: {output_dir / 'args.json'} is no JSON: {error}") from error
-    changed = [name for name in now if name not in RUN_FLAGS and before["args"].get(name) != now[name]]
+        given, data_before = before["args"], before["data"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume: {output_dir / 'args.json'} is damaged: {error!r}") from error
+    changed = [name for name in now if name not in RUN_FLAGS and given.get(name) != now[name]]
     if changed:
-        lines = "\n".join(
-            f"  {flag(name)} was {before['args'].get(name)}, is {now[name]}" for name in changed
-        )
+        lines = "\n".join(f"  {flag(name)} was {given.get(name)}, is {now[name]}" for name in changed)
         raise UserError(f"--resume: {output_dir} was begun with other flags; give the same:\n{lines}")
-    if before["data"] != data_digest:
+    if data_before != data_digest:
         raise UserError(f"--resume: the data that {output_dir} was begun with has changed; begin a new run")
 
 
@@ -802,7 +925,10 @@ class RunLog:
             self.write_args(args, output_dir, data_digest)
         text = self.path.read_text() if self.path.exists() else ""
         lines = text[: text.rfind("\n") + 1].splitlines()  # what follows the last newline was cut by a kill
-        rows = [row for row in map(json.loads, lines) if row["step"] <= keep_until]
+        try:
+            rows = [row for row in map(json.loads, lines) if row["step"] <= keep_until]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"--resume: {self.path} is damaged: {error!r}; mend or delete it") from error
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         self.evals = {row["step"]: row for row in rows if "eval/loss" in row}
         if args.wandb != "disabled":
@@ -832,9 +958,9 @@ class RunLog:
             "data": data_digest,
             "wandb_id": f"{script.stem}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}",
         }
+        write_whole(output_dir / "args.json", json.dumps(record, indent=2))
         shutil.copy(script, output_dir / "script.py")
         shutil.copy(script.parent / "common.py", output_dir / "common.py")
-        write_whole(output_dir / "args.json", json.dumps(record, indent=2))
 
     def write(self, row):
         """Append one row of metrics."""
@@ -874,25 +1000,34 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
 
     stop_ids, the tokens trained to end a turn, join the generation config's EOS ids: generation stops there.
     """
-    model = causal_lm(policy)
-    eos = model.generation_config.eos_token_id
-    eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    model.generation_config.eos_token_id = eos + [token for token in stop_ids if token not in eos]
+    model = unwrap(policy)
+    if model.can_generate():
+        eos = model.generation_config.eos_token_id
+        eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        model.generation_config.eos_token_id = eos + [token for token in stop_ids if token not in eos]
     if args.lora_rank:
-        policy.save_pretrained(path, state_dict=weights)
-        model.generation_config.save_pretrained(path)
+        policy.save_pretrained(path, state_dict=weights, selected_adapters=["default"])
+        if model.can_generate():
+            model.generation_config.save_pretrained(path)
     else:
         model.config.dtype = dtype
         names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tied = names - {name for name, _ in model.named_parameters()}  # saved once, under the first name
-        weights = {name: weight.to(dtype) for name, weight in weights.items() if name not in tied}
+        weights = {
+            name: weight.to(dtype) if name in names else weight  # buffers keep their type
+            for name, weight in weights.items()
+            if name not in tied
+        }
         model.save_pretrained(path, state_dict=weights)
     if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-        base = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=dtype, trust_remote_code=args.trust_remote_code
+        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(
+            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
         )
+        base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
-        merged.generation_config = model.generation_config
+        if model.can_generate():
+            merged.generation_config = model.generation_config
         shutil.rmtree(path)
         merged.save_pretrained(path)
 
@@ -943,7 +1078,7 @@ def evaluate(policy, data, num_targets, plan, device, caught_signals):
         if any_rank(caught_signals):
             return None
         batch = collate(documents(data, rows), device)
-        stats = causal_lm(policy).token_stats(batch)
+        stats = unwrap(policy).token_stats(batch)
         wrong_B = sums.new_zeros(len(rows)).index_add_(0, batch.documents_N, (~stats.is_top1_N).to(sums))
         sums += torch.stack([-stats.logps_N.sum(), stats.is_top1_N.sum(), (wrong_B == 0).sum()])
     dist.all_reduce(sums)
@@ -954,6 +1089,7 @@ def evaluate(policy, data, num_targets, plan, device, caught_signals):
 
 def main(args):
     # ---- Checks and data, before any process waits for another ----
+    args = without_foreign_eval(args)
     check_shared_args(args)
     check_args(args)
     config = load_config(args)
@@ -963,7 +1099,7 @@ def main(args):
         encode_sft,
         tokenizer=tokenizer,
         loss_on=args.loss_on,
-        max_length=check_lengths(args, config, tokenizer),
+        max_length=check_lengths(args, config),
         overflow=args.overflow,
         vocab_size=config.get_text_config().vocab_size,
     )
@@ -988,19 +1124,22 @@ def main(args):
     dtype = compute_dtype(args, device)
     torch.manual_seed(args.seed)
     # --- end shared ---
+    data_digest = rows_digest(data)
+    check_same_data(data_digest, rows_digest(eval_data) if args.eval_dataset else None)
     policy = load_policy(args, config, device)
-    model = causal_lm(policy)
+    model = unwrap(policy)
     model.token_stats = MethodType(token_stats, model)
     shard(policy, args, device, ["token_stats"])
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = make_optimizer(args, parameters)
-    packable = self_check(policy, device, dtype)  # not before: a forward leaves FSDP's root unsharded
+    packable = (
+        self_check(policy, device, dtype) != "alone"
+    )  # not before: a forward leaves FSDP's root unsharded
     if args.neftune_alpha:
         add_neftune(model.get_input_embeddings(), args.neftune_alpha)
 
     # ---- Output directory, resume, report ----
     output_dir = choose_output_dir(args)
-    data_digest = hashlib.sha256("".join(data["digest"]).encode()).hexdigest()[:16]
     progress = {"step": 0, "tokens": 0}
     if args.resume:
         check_resumable(output_dir, args, data_digest)
@@ -1136,3 +1275,5 @@ if __name__ == "__main__":
         main(tyro.cli(Args, description=__doc__))
     except UserError as error:
         sys.exit(f"error: {error}")
+    sys.stdout.flush()
+    os._exit(0)  # in Python's own teardown a thread of gloo may abort the process: pytorch/pytorch#179291

@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "tests" / "assets"
 sys.path[:0] = [str(ROOT), str(ASSETS)]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
+SHORT = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}  # a run for a test
 TIMES = ("tokens_per_second", "step_seconds")
 
 
@@ -55,3 +58,50 @@ def run(script, *flags, ranks=1, timeout=300):
         timeout=timeout,
         check=False,
     )
+
+
+def flags_of(**flags):
+    """Fields of Args as a command line, those of SHORT where none are given."""
+    words = []
+    for name, value in {**SHORT, **flags}.items():
+        words += [f"--{name.replace('_', '-')}"] if value is not False else []
+        words += [] if isinstance(value, bool) else list(value) if isinstance(value, tuple) else [value]
+    return [str(word) for word in words]
+
+
+def weights(path):
+    return load_file(Path(path) / "final" / "model.safetensors")
+
+
+def assert_same_curve(found, expected, rtol=1e-4):
+    assert [row["step"] for row in found] == [row["step"] for row in expected]
+    for a, b in zip(found, expected, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert a[key] == pytest.approx(b[key], rel=rtol, abs=1e-6), (key, a, b)
+
+
+def start(script, *flags, ranks=1):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command(script, *flags, ranks=ranks), env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)  # fmt: skip
+
+
+def wait_for_step(process, output_dir, step, timeout=120):
+    """Wait until metrics.jsonl has that step, or the process has ended."""
+    deadline = time.time() + timeout
+    while process.poll() is None:
+        assert time.time() < deadline, "no such step in time"
+        path = Path(output_dir) / "metrics.jsonl"
+        if path.exists() and f'"step": {step},' in path.read_text():
+            return
+        time.sleep(0.01)
+
+
+def kill(process, output_dir):
+    """SIGKILL to a run and, as torchrun's workers have sessions of their own, to all that have its directory as a flag."""
+    assert process.poll() is None, (
+        f"the run ended before it could be killed: {process.communicate()[0][-2000:]}"
+    )
+    subprocess.run(["pkill", "-9", "-f", str(output_dir)], check=True)
+    process.communicate()

@@ -39,8 +39,14 @@ ROWS = {  # rows of a .jsonl file -> the message
     "empty completion": ([{"prompt": "a", "completion": ""}], r"`completion` is \"\", not non-empty text"),
     "completion of another kind": ([{"prompt": GOOD[0]["messages"], "completion": "b"}], r"`completion` is text but not JSON"),
     "empty text": ([{"text": ""}], r"`text` is \"\", not non-empty text"),
-    "ids beyond the vocabulary": ([{"input_ids": [1, 512]}], r"has ids from 1 to 512; the model's vocabulary is 512"),
+    "ids beyond the vocabulary": ([{"input_ids": [1, 512]}], r"has ids from 1 to 512, but the model's vocabulary is 512; resize"),
     "labels of another length": ([{"input_ids": [1, 2], "labels": [1]}], r"`labels` must repeat `input_ids`, unshifted"),
+    "no labels": ([{"input_ids": [1, 2], "labels": []}], r"`labels` must repeat `input_ids`, unshifted"),
+    "ids are true and false": ([{"input_ids": [True, False, 3]}], r"must be non-empty lists of integers"),
+    "a mask of TRL's": ([{"input_ids": [1, 2], "completion_mask": [0, 1]}], r"`completion_mask` is not used; say what is trained in `labels`"),
+    "thinking is a list": ([{"messages": [{"role": "assistant", "content": "a", "reasoning_content": ["b"]}]}], r"has list as `reasoning_content`; make it one string"),
+    "tool calls are 0": ([{"messages": [{"role": "user", "content": "a", "tool_calls": 0}]}], r"has tool calls that are no list: 0"),
+    "template argument that is taken": ([{**GOOD[0], "chat_template_kwargs": {"tokenize": True}}], r"`chat_template_kwargs` may not hold tokenize"),
     "shifted labels": ([{"input_ids": [1, 2, 3], "labels": [2, 3, -100]}], r"`labels` must repeat `input_ids`, unshifted"),
     "tools are not JSON": ([{**GOOD[0], "tools": "look_up"}], r"`tools` is text but not JSON"),
     "tools is an object": ([{**GOOD[0], "tools": '{"a": 1}'}], r"`tools` is of type dict, not list"),
@@ -64,9 +70,16 @@ FLAGS = {  # flags -> the message
     "no such eval file": ({"eval_dataset": ("./nowhere",)}, r"dataset ./nowhere: no such file or directory"),
     "unknown file type": ({"dataset": (str(ASSETS / "make_assets.py"),)}, r"the file type must be one of .jsonl, .json"),
     "no dataset": ({"dataset": ()}, r"--dataset is empty"),
-    "negative weight": ({"dataset": ("a:-1",)}, r"--dataset a:-1: the weight must be a number above 0"),
+    "negative weight": ({"dataset": ("a:-1",)}, r"--dataset a:-1: a weight must be above 0"),
     "weight that takes nothing": ({"dataset": (f"{ASSETS / 'messages_eval.jsonl'}:1e-4",)}, r":0.0001 takes none of its 500 rows; raise the weight"),
-    "weight of zero": ({"dataset": ("a:0",)}, r"the weight must be a number above 0"),
+    "weight beyond all use": ({"dataset": (f"{ASSETS / 'messages_eval.jsonl'}:1e9",)}, r"a weight must be above 0 and at most 1000"),
+    "weight that is no number": ({"dataset": (f"{ASSETS / 'messages_eval.jsonl'}:nan",)}, r"a weight must be above 0"),
+    "half a step of warm-up": ({"max_steps": 5, "warmup_steps": 2.5}, r"--warmup-steps 2.5 must be whole, or below 1"),
+    "no LoRA targets": ({"lora_rank": 4, "lora_targets": ()}, r"--lora-targets names no module"),
+    "LoRA on a block": ({"lora_rank": 4, "lora_targets": ("mlp",)}, r"--lora-targets mlp matches no linear layer; there are .*q_proj"),
+    "LoRA rank beyond the model": ({"lora_rank": 10**8}, r"--lora-rank 100000000 is above the model's hidden size, 128"),
+    "flex attention on a CPU": ({"attention": "flex_attention"}, r"--attention flex_attention cannot train on a CPU"),
+    "weight of zero": ({"dataset": ("a:0",)}, r"a weight must be above 0"),
     "no such hub dataset": ({"dataset": ("nobody/nothing",)}, r"dataset nobody/nothing .* cannot be read"),
     "no such model": ({"model": "./nowhere"}, r"--model ./nowhere: its config cannot be loaded"),
     "batch size 0": ({"batch_size": 0}, r"--batch-size is 0; it must be above 0"),
@@ -78,7 +91,7 @@ FLAGS = {  # flags -> the message
     "over the micro-batch": ({"micro_batch_tokens": 8}, r"row \d+ of .* has \d+ tokens, .* the smallest value that works is"),
     "LoRA flag without LoRA": ({"lora_alpha": 8.0}, r"--lora-alpha needs adapters: add --lora-rank 16"),
     "4 bits without LoRA": ({"load_in_4bit": True}, r"--load-in-4bit needs adapters"),
-    "several LoRA targets, one unknown": ({"lora_rank": 4, "lora_targets": ("q_proj", "c_attn")}, r"--lora-targets c_attn matches no module"),
+    "several LoRA targets, one unknown": ({"lora_rank": 4, "lora_targets": ("q_proj", "c_attn")}, r"--lora-targets c_attn matches no linear layer"),
     "all-linear among others": ({"lora_rank": 4, "lora_targets": ("all-linear", "embed_tokens")}, r"all-linear, which takes all of these but lm_head, stands alone"),
     "split of a file": ({"dataset_split": "half"}, r"--dataset-split half does not apply to files"),
     "split of no evaluation": ({"eval_split": "half"}, r"--eval-split half does not apply to files"),
@@ -89,7 +102,7 @@ FLAGS = {  # flags -> the message
     "noise that is not a number": ({"neftune_alpha": float("nan")}, r"--neftune-alpha is nan; it must be 0 or more"),
     "router loss that is not a number": ({"router_aux_loss_coef": float("nan")}, r"--router-aux-loss-coef is nan"),
     "LoRA on the head": ({"lora_rank": 4, "lora_targets": ("lm_head",)}, r"--lora-targets lm_head is refused"),
-    "no such LoRA target": ({"lora_rank": 4, "lora_targets": ("c_attn",)}, r"--lora-targets c_attn matches no module. The model has down_proj, "),
+    "no such LoRA target": ({"lora_rank": 4, "lora_targets": ("c_attn",)}, r"--lora-targets c_attn matches no linear layer; there are down_proj, "),
     "resume of nothing": ({"resume": True}, r"--resume needs --output-dir"),
     "smoothing of dft": ({"loss_type": "dft", "label_smoothing": 0.1}, r"--label-smoothing applies to --loss-type nll only"),
     "router loss without experts": ({"router_aux_loss_coef": 0.1}, r"--router-aux-loss-coef needs a mixture of experts"),
@@ -175,9 +188,13 @@ def test_models_that_cannot_be_used(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "large")
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "large")
-    assert "ids up to 512, but the model's vocabulary is 512" in message_of(
-        tmp_path, model=str(tmp_path / "large")
-    )
+    rows = [{"text": "a"}, {"text": "a <new> token"}]
+    flags = {"model": str(tmp_path / "large"), "dataset": (write_rows(tmp_path / "rows.jsonl", rows),)}
+    assert "row 2: the row has ids from" in (message := message_of(tmp_path, **flags))
+    assert "to 512, but the model's vocabulary is 512" in message
+    # Gemma 3's tokenizer has a token that its text model lacks; nothing is wrong where no row has it.
+    sft.main(replace(sft.Args(output_dir=str(tmp_path / "fine"), eval_dataset=(), wandb="disabled", max_steps=1, batch_size=1),
+                     model=str(tmp_path / "large"), dataset=(write_rows(tmp_path / "one.jsonl", rows[:1]),)))  # fmt: skip
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     assert "is a LoRA adapter" in message_of(tmp_path, model=str(tmp_path / "adapter"))
@@ -246,3 +263,86 @@ def test_exit_codes_and_messages_of_the_command(tmp_path):
         unparsable = run("sft.py", *flags)
         assert unparsable.returncode == 2
         assert "Traceback" not in unparsable.stderr
+
+
+FOREIGN = {
+    "final/model.bin": "x",
+    "common.py": "mine",
+    "script.py": "mine",
+    "metrics.jsonl": "not JSON",
+    "checkpoint-1/x": "x",
+}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_others_are_not_overwritten(tmp_path, name, resume):
+    """A directory without args.json is no run of ours, whatever the names in it."""
+    directory = tmp_path / "theirs"
+    (directory / name).parent.mkdir(parents=True)
+    (directory / name).write_text(FOREIGN[name])
+    args = sft.Args(output_dir=str(directory), eval_dataset=(), wandb="disabled", max_steps=1, resume=resume)
+    with pytest.raises(UserError, match=rf"has {name.split('/')[0]}, but no run; name another directory"):
+        sft.main(args)
+    assert [path for path in directory.rglob("*") if path.is_file()] == [directory / name]
+    assert (directory / name).read_text() == FOREIGN[name]
+
+
+def test_records_that_are_damaged_are_named(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", GOOD)
+    args = replace(
+        sft.Args(output_dir=str(tmp_path / "run")), dataset=(rows,), eval_dataset=(), wandb="disabled", max_steps=2,
+        save_every=1, batch_size=8,
+    )  # fmt: skip
+    sft.main(args)
+    good = {path: path.read_text() for path in (tmp_path / "run").glob("*.json*")}
+    progress = next((tmp_path / "run").glob("checkpoint-*2/progress.json"))
+    good[progress] = progress.read_text()
+    for path, text, message in (
+        (tmp_path / "run" / "args.json", "{}", "args.json is damaged: KeyError"),
+        (
+            tmp_path / "run" / "metrics.jsonl",
+            "{\n" + good[tmp_path / "run" / "metrics.jsonl"],
+            "metrics.jsonl is damaged",
+        ),
+        (progress, '{"step": 2}', "cannot be read .KeyError.*delete it to resume from the one before"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            sft.main(replace(args, resume=True))
+        sft.dist.destroy_process_group()
+        path.write_text(good[path])
+    shard = next((tmp_path / "run").glob("checkpoint-*2/*.distcp"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"cannot be read \(\w+"):
+        sft.main(replace(args, resume=True))
+
+
+def test_wandb_online_without_an_account(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setattr(wandb.api, "_api_key", None, raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert "--wandb online needs an account" in message_of(tmp_path, wandb="online")
+
+
+def test_other_data_are_not_evaluated_on_the_embedded_ones(tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", GOOD)
+    sft.main(
+        replace(sft.Args(output_dir=str(tmp_path / "run")), dataset=(rows,), wandb="disabled", max_steps=1)
+    )
+    assert "held out" not in (said := capsys.readouterr().out)
+    assert f"train     {rows}: 8 rows, 8 used" in said
+
+
+def test_the_data_report_counts(tmp_path, capsys):
+    long = [{"text": "word " * 200, "note": "x"}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "one two", "note": 1}] * 4 + long)
+    flags = {"dataset": (rows,), "wandb": "disabled", "max_steps": 1, "max_length": 50}
+    sft.main(replace(sft.Args(output_dir=str(tmp_path / "run")), **flags))
+    said = capsys.readouterr().out
+    ids = len(AutoTokenizer.from_pretrained(ASSETS / "model")("one two<|im_end|>")["input_ids"])
+    assert "5 rows, 4 used" in said
+    assert "dropped: 1 longer than --max-length 50; columns not used: note" in said
+    assert f"{4 * ids} tokens, {(ids - 1) / ids:.1%} of them trained; the longest row has {ids}" in said

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import trl
 from conftest import ASSETS, write_rows
+from filelock import FileLock, Timeout
+from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -23,14 +25,28 @@ from common import (
     encode_text,
     load_tokenizer,
     mark_trained,
+    parse_row,
     parse_source,
     prepare_data,
 )
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-MISTRAL = """{{ bos_token }}{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}\
-{{ raise_exception('roles must alternate') }}{% endif %}{% if message.role == 'user' %}[INST] {{ message.content }} [/INST]\
-{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+# As Mistral-7B-Instruct-v0.3's: no header, the system prompt and the tools in the last user's message, a call's id.
+MISTRAL = """{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set rest = messages[1:] %}\
+{%- else %}{%- set rest = messages %}{%- endif %}{%- set users = rest | selectattr('role', 'equalto', 'user') | list %}\
+{%- set ns = namespace(index=0) %}{%- for message in rest %}{%- if message.role != 'tool' and message.tool_calls is not defined %}\
+{%- if (message.role == 'user') != (ns.index % 2 == 0) %}{{- raise_exception('roles must alternate') }}{%- endif %}\
+{%- set ns.index = ns.index + 1 %}{%- endif %}{%- endfor %}\
+{{- bos_token }}{%- for message in rest %}{%- if message.role == 'user' %}{%- if tools and message == users[-1] %}\
+{{- '[AVAILABLE_TOOLS] [' }}{%- for tool in tools %}{{- tool.function | tojson }}{%- endfor %}{{- '][/AVAILABLE_TOOLS]' }}\
+{%- endif %}{%- if loop.last and system is defined %}{{- '[INST] ' + system + '\\n\\n' + message.content + '[/INST]' }}\
+{%- else %}{{- '[INST] ' + message.content + '[/INST]' }}{%- endif %}{%- elif message.tool_calls is defined %}\
+{{- '[TOOL_CALLS] [' }}{%- for call in message.tool_calls %}{%- if call.id | length != 9 %}\
+{{- raise_exception('ids must have 9 characters') }}{%- endif %}{{- (call.function | tojson)[:-1] }}\
+{{- ', "id": "' + call.id + '"}' }}{%- endfor %}{{- ']' + eos_token }}{%- elif message.role == 'assistant' %}\
+{{- ' ' + message.content | trim + eos_token }}{%- elif message.role == 'tool' %}\
+{{- '[TOOL_RESULTS] {"content": ' + message.content + ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}\
+{%- else %}{{- raise_exception('roles are user, assistant, system and tool') }}{%- endif %}{%- endfor %}"""
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}  # fmt: skip
 CALL = [{"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}]
 
@@ -42,7 +58,7 @@ def tokenizer_with(template):
     """The embedded tokenizer under another chat template, whose control tokens are added as special tokens. As in most
     tokenizers of the hub, they have no names beside bos and eos."""
     tokenizer = copy.deepcopy(AutoTokenizer.from_pretrained(ASSETS / "model"))
-    control = set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>", template)) | {
+    control = set(re.findall(r"<\|\w+\|>|<\|\w+>|<\w+\|>|<(?:start|end)_of_turn>", template)) | {
         "<s>",
         "</s>",
         "<|begin_of_text|>",
@@ -105,15 +121,72 @@ def test_trained_turns_are_the_answers_with_their_end(name):
     assert [text.lstrip(" ") for text in trained(tokenizer, chat("a", "One.", "b", "Two."), [3])] == expected[
         1:
     ]
-    if name not in ("gemma", "mistral"):
+    if name != "gemma":
         with_system = [{"role": "system", "content": "Be brief."}, *chat("a", "One.", "b", "Two.")]
-        assert trained(tokenizer, with_system) == expected
+        assert [text.lstrip(" ") for text in trained(tokenizer, with_system)] == expected
 
 
 @pytest.mark.parametrize("name", ["gemma", "mistral"])
 def test_what_a_template_refuses_is_an_error(name):
+    first = {"role": "system" if name == "gemma" else "user", "content": "s"}
     with pytest.raises(UserError, match=r"template refuses these messages"):
-        trained(stock(name), [{"role": "system", "content": "s"}, *chat("a", "b")])
+        trained(stock(name), [first, *chat("a", "b")])
+
+
+def test_mistral_with_system_prompt_tools_and_several_turns():
+    """It has no header; the system prompt and the tools move to the last user's message as the conversation grows."""
+    tokenizer = stock("mistral")
+    system = [{"role": "system", "content": "Be brief."}]
+    # The blank before an answer is the model's to write, whatever stands before it.
+    assert trained(tokenizer, system + chat("a", "One.", "b", "Two.")) == [" One.</s>", " Two.</s>"]
+    assert trained(tokenizer, system + chat("a", "a", "a", "a")) == [" a</s>", " a</s>"]
+    call = {"role": "assistant", "content": "", "tool_calls": [{**CALL[0], "id": "abcdefghi"}]}
+    result = {"role": "tool", "content": "7", "tool_call_id": "abcdefghi"}
+    messages = [*chat("a"), call, result, {"role": "assistant", "content": "One."}]
+    called = '[TOOL_CALLS] [{"name": "look_up", "arguments": {"x": 1}, "id": "abcdefghi"}]</s>'
+    assert trained(tokenizer, messages, tools=[TOOL]) == [called, " One.</s>"]
+    more = messages + chat("b", "Two.")
+    assert trained(tokenizer, more, tools=[TOOL]) == [called, " One.</s>", " Two.</s>"]
+    assert trained(tokenizer, system + more, tools=[TOOL]) == [called, " One.</s>", " Two.</s>"]
+
+
+def test_a_special_token_before_the_turn_is_never_trained():
+    """Phi-3's control tokens swallow the blanks after them, with which an answer may begin."""
+    tokenizer = stock("phi3")
+    plain = trained(tokenizer, chat("a", "\n  One."))
+    swallowing = stock("phi3")
+    for token in ("<|assistant|>", "<|user|>", "<|end|>"):
+        swallowing.add_tokens([AddedToken(token, special=True, rstrip=True)], special_tokens=True)
+    assert plain[0].endswith("One.<|end|>")
+    assert trained(swallowing, chat("a", "\n  One.")) == ["One.<|end|>"]
+
+
+def test_words_that_the_template_parts_from_their_calls_are_an_error():
+    """Gemma 4 writes the words of a message with calls after the tool's result: no one span holds both."""
+    call = {"role": "assistant", "content": "CALLING.", "tool_calls": CALL}
+    messages = [*chat("a"), call, {"role": "tool", "content": "7", "name": "look_up"}, *chat("a", "One.")[1:]]
+    with pytest.raises(UserError, match="parts the words of message 1 from its tool calls"):
+        trained(stock("gemma4"), messages, tools=[TOOL])
+
+
+def test_columns_of_any_name_and_images(tmp_path):
+    """A column called `json` is the user's own; images are refused without what it takes to decode them."""
+    rows = [{"text": "hello", "json": "{}"}] * 3
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    data, report = prepared(tmp_path, [], sources=[str(tmp_path / "rows.parquet")])
+    assert (len(data), report["unused"]) == (3, {"json"})
+    stored = datasets.Dataset.from_list([{"text": "a", "image": {"bytes": b"no image", "path": "x.png"}}])
+    features = datasets.Features(text=datasets.Value("string"), image=datasets.Image())
+    images = datasets.Dataset(stored.data, info=datasets.DatasetInfo(features=features))
+    images.save_to_disk(tmp_path / "images")
+    with pytest.raises(UserError, match="row 1: the row has images, which are not supported"):
+        prepared(tmp_path, [], sources=[str(tmp_path / "images")])
+
+
+@pytest.mark.parametrize("escape", [r"\ud800", r"\uD800"])
+def test_half_of_a_character_is_an_error(escape):
+    with pytest.raises(UserError, match="the row is not JSON"):
+        parse_row(f'{{"text": "a{escape}b"}}'.encode())
 
 
 def test_thinking_blocks():
@@ -510,3 +583,21 @@ def test_marking_shows_exactly_the_mask():
     ids = EMBEDDED("1234")["input_ids"]
     assert mark_trained(EMBEDDED, ids, [True, False, False, True]) == "[[1]]23[[4]]"
     assert mark_trained(EMBEDDED, ids, np.zeros(len(ids), bool)) == "1234"
+
+
+def test_tokenizing_is_parallel_and_one_process_at_a_time(tmp_path, monkeypatch):
+    """Two processes' worth of rows are mapped by several workers, under a lock that no other process can have."""
+    seen, map_rows = {}, datasets.Dataset.map
+
+    def spy(self, *args, **options):
+        path = next((Path(datasets.config.HF_DATASETS_CACHE) / "post-training").glob("*.lock"))
+        with pytest.raises(Timeout):
+            FileLock(path).acquire(timeout=0)
+        seen["num_proc"] = options["num_proc"]
+        return map_rows(self, *args, **{**options, "num_proc": None})
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.Dataset, "map", spy)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    prepared(tmp_path, [{"text": f"row {i}"} for i in range(6001)])
+    assert seen["num_proc"] == 4
