@@ -69,6 +69,12 @@ def wrong_answer(a, b, rng):
     return str(a + b + rng.choice([-10, 10, -1, 1, -2, 2, -100 if a + b > 109 else 20]))
 
 
+def any_other_answer(a, b, rng):
+    """Another sum of two numbers from 10 to 99: what a model that has learnt nothing but the form would say."""
+    answer = rng.choice([total for total in range(20, 199) if total != a + b])
+    return [{"role": "assistant", "content": str(answer)}]
+
+
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -90,6 +96,13 @@ def make_data():
                     "rejected": [{"role": "assistant", "content": wrong_answer(a, b, rng)}],
                 }
                 for a, b in pairs[:4000]
+            ],
+        )
+        write(
+            HERE / f"comparisons{name}.jsonl",
+            [
+                {"prompt": chat(a, b)[:1], "chosen": chat(a, b)[1:], "rejected": any_other_answer(a, b, rng)}
+                for a, b in pairs
             ],
         )
         write(
