@@ -1,0 +1,655 @@
+"""GRPO: advantages, every loss against TRL's own code, the engine, rewards that fail, invariance, resume, and learning."""
+
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from types import MethodType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ASSETS,
+    assert_same_curve,
+    flags_of,
+    kill,
+    read_metrics,
+    run,
+    start,
+    wait_for_step,
+    weights,
+    write_rows,
+)
+from transformers import AutoModelForCausalLM
+from trl import GRPOTrainer
+
+import grpo
+from common import HFEngine, RewardWorker, UserError, answers_agree, as_number, collate, draw, load_tokenizer
+
+# What depends on the clock, and a difference of roundings
+NOISE = (
+    "generate_seconds",
+    "train_seconds",
+    "sampling/sampling_logp_difference/max",
+    "sampling/sampling_logp_difference/mean",
+)
+
+
+def train(output_dir, **flags):
+    """Run grpo.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
+    short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "num_generations": 4, "max_steps": 3}
+    grpo.main(replace(grpo.Args(output_dir=str(output_dir)), **{**short, **flags}))
+    return metrics_of(output_dir, without=NOISE[:2])
+
+
+def metrics_of(output_dir, without=NOISE):
+    return [
+        {key: value for key, value in row.items() if key not in without} for row in read_metrics(output_dir)
+    ]
+
+
+# ---- Advantages ------------------------------------------------------------------------------------------------------
+
+
+def naive_advantages(rewards, weights, args):
+    """Lists of lists of lists, None where there is no reward -> the same of advantages."""
+    usable = [[any(r is not None for r in sample) for sample in group] for group in rewards]
+    usable = [[u and sum(group) > 1 for u in group] for group in usable]
+
+    def std(values):
+        return np.std(values, ddof=1) if len(values) > 1 else 0.0
+
+    def total(sample):
+        return sum(w * r for w, r in zip(weights, sample, strict=True) if r is not None)
+
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        totals = []
+        for group, use in zip(rewards, usable, strict=True):
+            known = [
+                [s[k] for s, u in zip(group, use, strict=True) if u and s[k] is not None]
+                for k in range(len(weights))
+            ]
+            totals.append([
+                sum(w * (s[k] - np.mean(known[k])) / (std(known[k]) + 1e-4) for k, w in enumerate(weights) if s[k] is not None)
+                for s in group
+            ])  # fmt: skip
+        flat = [t for ts, use in zip(totals, usable, strict=True) for t, u in zip(ts, use, strict=True) if u]
+        return [
+            [(t - np.mean(flat)) / (std(flat) + 1e-4) if u else None for t, u in zip(ts, use, strict=True)]
+            for ts, use in zip(totals, usable, strict=True)
+        ]
+    flat = [
+        total(s)
+        for group, use in zip(rewards, usable, strict=True)
+        for s, u in zip(group, use, strict=True)
+        if u
+    ]
+    result = []
+    for group, use in zip(rewards, usable, strict=True):
+        mine = [total(s) for s, u in zip(group, use, strict=True) if u]
+        result.append([])
+        for sample, u in zip(group, use, strict=True):
+            if not u:
+                result[-1].append(None)
+                continue
+            value = total(sample)
+            baseline = {
+                "group": np.mean(mine),
+                "leave_one_out": (sum(mine) - value) / (len(mine) - 1),
+                "batch": np.mean(flat),
+            }[args.baseline]
+            scale = {"group": std(mine) + 1e-4, "batch": std(flat) + 1e-4, "none": 1}[args.scale_rewards]
+            result[-1].append((value - baseline) / scale)
+    return result
+
+
+@pytest.mark.parametrize("baseline", ["group", "leave_one_out", "batch", "normalize_then_sum"])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages_equal_a_naive_loop(baseline, scale):
+    """With rewards that are missing for one function, for a whole sample, and for all but one of a group."""
+    rng = np.random.default_rng(0)
+    rewards = rng.normal(size=(5, 4, 2)).tolist()
+    rewards[0][1][0] = None
+    rewards[1][2] = [None, None]
+    rewards[2][:3] = [[None, None]] * 3
+    rewards[3] = [[0.25, 1.0]] * 4
+    args = grpo.Args(rewards=("a", "b"), reward_weights=(1.0, 0.5), scale_rewards=scale)
+    aggregation = {"multi_objective_aggregation": baseline} if "sum" in baseline else {"baseline": baseline}
+    args = replace(args, **aggregation)
+    numbers = [[[math.nan if r is None else r for r in sample] for sample in group] for group in rewards]
+    found, _ = grpo.advantages(torch.tensor(numbers, dtype=torch.float64), args)
+    expected = torch.tensor(
+        [
+            [math.nan if a is None else a for a in group]
+            for group in naive_advantages(rewards, (1.0, 0.5), args)
+        ]
+    )
+    torch.testing.assert_close(found, expected.double(), equal_nan=True, rtol=1e-6, atol=1e-9)
+    assert found[2].isnan().all()
+
+
+# ---- Losses against TRL's own code -----------------------------------------------------------------------------------
+
+VARIANTS = {
+    **{name: {"loss_type": name} for name in ("dapo", "grpo", "bnpo", "dr_grpo", "sapo", "luspo")},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.1},
+    "vespo": {"loss_type": "vespo", "importance_sampling_mode": "token_truncate"},
+    "vespo, no correction": {"loss_type": "vespo", "importance_sampling_mode": "none"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.01, "epsilon_high": 0.02},
+    "luspo by sequence": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "clip-higher": {"epsilon_high": 0.28},
+    "two-sided": {"epsilon_high": 0.1, "delta": 1.3},
+    "kl": {"beta": 0.1},
+    "kl, not corrected": {"beta": 0.1, "use_bias_correction_kl": False},
+    "off-policy mask": {"off_policy_mask_threshold": 0.02},
+    "entropy bonus": {"entropy_coef": 0.03},
+    "top entropy": {"top_entropy_quantile": 0.4},
+    "top entropy with bonus": {"top_entropy_quantile": 0.4, "entropy_coef": 0.03},
+    **{mode: {"importance_sampling_mode": mode, "importance_sampling_clip_max": 1.1}
+       for mode in ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "none")},
+    "clip min": {"importance_sampling_mode": "token_truncate", "importance_sampling_clip_min": 0.95},
+}  # fmt: skip
+
+
+def trls_loss(logps_BT, entropy_BT, mask_BT, old_BT, sampler_BT, ref_BT, advantage_B, args):
+    """GRPOTrainer._compute_loss, unchanged, with a stub for all that is not the loss."""
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x, sync_gradients=True,
+        pad_across_processes=lambda x, **_: x,
+    )  # fmt: skip
+    names = ("epsilon_high delta use_bias_correction_kl sapo_temperature_pos sapo_temperature_neg vespo_k_pos "
+             "vespo_lambda_pos vespo_k_neg vespo_lambda_neg")  # fmt: skip
+    corrects = args.importance_sampling_mode != "none"
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**{name: getattr(args, name) for name in names.split()}, steps_per_generation=1),
+        accelerator=accelerator,
+        model=SimpleNamespace(training=True),
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        use_vllm=corrects,
+        vllm_importance_sampling_correction=corrects,
+        current_gradient_accumulation_steps=1,
+        aux_loss_enabled=False,
+        use_adaptive_entropy=False,
+        _entropy_bonus_enabled=bool(args.entropy_coef),
+        _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps_BT, entropy_BT, None),
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+    )  # fmt: skip
+    for name in ("beta", "loss_type", "importance_sampling_level", "off_policy_mask_threshold", "entropy_coef",
+                 "top_entropy_quantile", "max_completion_length"):  # fmt: skip
+        setattr(trainer, name, getattr(args, name))
+    trainer.get_high_entropy_mask = MethodType(GRPOTrainer.get_high_entropy_mask, trainer)
+    difference_BT = (old_BT - sampler_BT) * mask_BT
+    if args.importance_sampling_mode.startswith("sequence"):
+        difference_BT = difference_BT.sum(-1, keepdim=True)
+    ratio = difference_BT.exp()
+    least, most = args.importance_sampling_clip_min, args.importance_sampling_clip_max
+    if args.importance_sampling_mode.endswith("truncate"):
+        ratio = ratio.clamp(least, most)
+    else:
+        ratio = ratio.masked_fill((ratio > most) | (ratio < (least or 0)), 0)
+    inputs = {
+        "prompt_ids": mask_BT[:, :0], "prompt_mask": mask_BT[:, :0],
+        "completion_ids": torch.zeros_like(mask_BT), "completion_mask": mask_BT,
+        "advantages": advantage_B, "old_per_token_logps": old_BT, "ref_per_token_logps": ref_BT,
+        "sampling_per_token_logps": sampler_BT, "num_items_in_batch": mask_BT.sum(),
+    } | ({"importance_sampling_ratio": ratio} if corrects else {})  # fmt: skip
+    return GRPOTrainer._compute_loss(trainer, None, inputs), trainer._metrics["train"]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_loss_and_gradient_equal_trls(name):
+    args = replace(grpo.Args(importance_sampling_mode="none", max_completion_length=9), **VARIANTS[name])
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 2, 5, 1, 7, 7]
+    mask_BT = torch.tensor([[t < n for t in range(9)] for n in lengths]).long()
+    base_BT = -torch.rand(6, 9, generator=generator, dtype=torch.float64) * 2
+
+    def near():
+        return base_BT + 0.15 * torch.randn(6, 9, generator=generator, dtype=torch.float64)
+
+    old_BT, sampler_BT, ref_BT = near(), near(), near()
+    advantage_B = torch.tensor([1.0, -1.2, 0.3, -0.4, 0.0, -2.0], dtype=torch.float64)
+    entropy_BT = torch.rand(6, 9, generator=generator, dtype=torch.float64)
+    theirs = [tensor.clone().requires_grad_() for tensor in (base_BT, entropy_BT)]
+    expected, metrics = trls_loss(*theirs, mask_BT, old_BT, sampler_BT, ref_BT, advantage_B, args)
+    expected.backward()
+
+    ours = [tensor.clone().requires_grad_() for tensor in (base_BT, entropy_BT)]
+    chosen = mask_BT.bool()
+    lengths_B = np.array(lengths, dtype=float)
+    weight_B = torch.tensor(grpo.token_weights(lengths_B, lengths_B.sum(), args))
+    sampled = grpo.Sampled(
+        old_BT[chosen], sampler_BT[chosen], ref_BT[chosen] if args.beta else None,
+        advantage_B[:, None].expand(6, 9)[chosen], weight_B[:, None].expand(6, 9)[chosen],
+        torch.arange(6)[:, None].expand(6, 9)[chosen],
+    )  # fmt: skip
+    stats = SimpleNamespace(logps_N=ours[0][chosen], entropy_N=ours[1][chosen])
+    floor = -math.inf
+    if args.top_entropy_quantile < 1:
+        floor = entropy_BT[chosen].float().quantile(1 - args.top_entropy_quantile).item()
+    loss, is_trained_N, sums, _ = grpo.grpo_loss(stats, sampled, args, floor)
+    if args.entropy_coef:
+        loss = loss - args.entropy_coef * (stats.entropy_N * is_trained_N).sum() / is_trained_N.sum()
+    loss.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(ours[0].grad, theirs[0].grad * mask_BT)
+    assert theirs[0].grad.abs().max() > 0
+    if args.entropy_coef:
+        torch.testing.assert_close(ours[1].grad, theirs[1].grad)
+    by_token = args.importance_sampling_level == "token"  # TRL's means are over sequences otherwise
+    for metric in ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/region_mean") if by_token else ():
+        if metric in metrics and metric in sums and not (metric == "kl" and args.use_bias_correction_kl):
+            assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
+
+
+def test_the_variants_differ():
+    """A comparison of losses that were all the same would show nothing."""
+    rng = torch.Generator().manual_seed(1)
+    stats = SimpleNamespace(logps_N=-torch.rand(20, generator=rng), entropy_N=torch.rand(20, generator=rng))
+    near = [stats.logps_N + 0.3 * torch.randn(20, generator=rng) for _ in range(3)]
+    documents_N = torch.arange(4).repeat_interleave(5)
+    sampled = grpo.Sampled(
+        *near, torch.tensor([1.0, -1, 0.5, -0.5])[documents_N], torch.full((20,), 0.05), documents_N
+    )
+    losses = {}
+    for name, flags in VARIANTS.items():
+        args = replace(grpo.Args(importance_sampling_mode="none"), **flags)
+        if (
+            not args.entropy_coef
+            and args.top_entropy_quantile == 1
+            and args.loss_type not in ("grpo", "bnpo", "dr_grpo", "luspo")
+        ):
+            losses[name] = grpo.grpo_loss(stats, sampled, args)[0].item()
+    repeated = [
+        name for name, count in Counter(round(loss, 9) for loss in losses.values()).items() if count > 1
+    ]
+    assert len(repeated) <= 1, losses  # "dapo" and "none" are one
+
+
+def expected_gradient(logits_V, args, ref_V):
+    """Of the KL term over all tokens of a vocabulary, on policy, weighed by their probability."""
+    logits_V = logits_V.clone().requires_grad_()
+    logps_V = logits_V.log_softmax(-1)
+    n = len(logits_V)
+    sampled = grpo.Sampled(
+        logps_V.detach(),
+        logps_V.detach(),
+        ref_V,
+        torch.zeros(n).double(),
+        logps_V.detach().exp(),
+        torch.arange(n),
+    )
+    stats = SimpleNamespace(logps_N=logps_V, entropy_N=torch.ones(n))
+    (gradient,) = torch.autograd.grad(grpo.grpo_loss(stats, sampled, args)[0], logits_V)
+    return gradient
+
+
+def test_gradients_of_the_kl_estimators_in_expectation():
+    """With the ratio, k1 and k3 have the reverse KL's; plain k3 has the forward KL's, k2 the reverse KL's, k1 none."""
+    generator = torch.Generator().manual_seed(0)
+    logits_V, ref_V = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    ref_V = ref_V.log_softmax(-1)
+    theta_V = logits_V.clone().requires_grad_()
+    logps_V = theta_V.log_softmax(-1)
+    (reverse,) = torch.autograd.grad((logps_V.exp() * (logps_V - ref_V)).sum(), theta_V, retain_graph=True)
+    (forward,) = torch.autograd.grad(-(ref_V.exp() * logps_V).sum(), theta_V)
+    for estimator, corrected, expected in (
+        ("k1", True, reverse), ("k3", True, reverse), ("k2", False, reverse), ("k3", False, forward),
+        ("k1", False, torch.zeros_like(reverse)),
+    ):  # fmt: skip
+        args = grpo.Args(beta=1.0, kl_estimator=estimator, use_bias_correction_kl=corrected)
+        torch.testing.assert_close(expected_gradient(logits_V, args, ref_V), expected, rtol=1e-9, atol=1e-12)
+
+
+# ---- The embedded engine ---------------------------------------------------------------------------------------------
+
+
+def embedded(**kwargs):
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation="varlen", **kwargs)
+    model.token_stats = MethodType(grpo.token_stats, model)
+    return model
+
+
+PROMPTS = [[5, 9, 13], [40] * 30, [7], list(range(20, 60)), [100, 3, 100]]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("window", [None, 6])
+def test_the_engines_log_probs_are_the_trainers(temperature, window):
+    model = embedded()
+    for layer in model.model.layers if window else ():
+        layer.self_attn.sliding_window = window
+    keys = [(0, 0, index) for index in range(len(PROMPTS))]
+    groups = HFEngine(model).generate(PROMPTS, keys, 3, [12, 40, 1, 25, 12], temperature, [11])
+    for prompt, limit, group in zip(PROMPTS, [12, 40, 1, 25, 12], groups, strict=True):
+        assert len(group) == 3
+        for rollout in group:
+            ids = np.array(prompt + rollout.ids)
+            stats = model.token_stats(collate([(ids, np.arange(len(ids)) >= len(prompt))]), temperature)
+            torch.testing.assert_close(stats.logps_N.tolist(), rollout.logps, rtol=1e-4, atol=1e-4)
+            assert rollout.is_finished == (rollout.ids[-1] == 11)
+            assert len(rollout.ids) == limit or rollout.is_finished
+            assert 11 not in rollout.ids[:-1]
+
+
+def test_greedy_decoding_equals_transformers():
+    model = embedded()
+    tokenizer = load_tokenizer(str(ASSETS / "model"))
+    rows = [json.loads(line) for line in (ASSETS / "prompts_eval.jsonl").read_text().splitlines()[:6]]
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    prompts = [
+        tokenizer(tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True))[
+            "input_ids"
+        ]
+        for row in rows
+    ]
+    groups = HFEngine(model).generate(prompts, [(0,)] * 6, 1, [8] * 6, 0, [stop])
+    for prompt, (rollout,) in zip(prompts, groups, strict=True):
+        expected = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=8, eos_token_id=stop
+        )
+        assert rollout.ids == expected[0, len(prompt) :].tolist()
+
+
+def test_samples_do_not_depend_on_what_is_generated_with_them(monkeypatch):
+    engine = HFEngine(embedded())
+    keys = [(0, 3, index) for index in range(len(PROMPTS))]
+    together = engine.generate(PROMPTS, keys, 4, [16] * 5, 1.0, [11])
+    alone = [engine.generate([p], [key], 4, [16], 1.0, [11])[0] for p, key in zip(PROMPTS, keys, strict=True)]
+    monkeypatch.setattr(HFEngine, "CACHE_TOKENS", 100)
+    in_parts = engine.generate(PROMPTS, keys, 4, [16] * 5, 1.0, [11])
+    ids = [[[one.ids for one in group] for group in groups] for groups in (together, alone, in_parts)]
+    assert ids[0] == ids[1] == ids[2]
+    assert len({tuple(one) for group in ids[0] for one in group}) > 15
+    other = engine.generate(PROMPTS, [(0, 4, index) for index in range(5)], 4, [16] * 5, 1.0, [11])
+    assert [[one.ids for one in group] for group in other] != ids[0]
+
+
+def test_draws_follow_the_distribution():
+    logits_V = torch.tensor([0.0, 2.0, -torch.inf, 1.0, -torch.inf])
+    n = 20_000
+    uniform_S = torch.from_numpy((np.arange(n) + 0.5) / n)
+    token_S, logp_S = draw(logits_V.expand(n, 5), 0.5, uniform_S)
+    expected_V = (logits_V / 0.5).softmax(-1)
+    torch.testing.assert_close(torch.bincount(token_S, minlength=5) / n, expected_V, atol=2e-4, rtol=0)
+    torch.testing.assert_close(logp_S.exp(), expected_V[token_S])
+    edge_S, _ = draw(logits_V.expand(2, 5), 1.0, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert edge_S.tolist() == [0, 3]
+
+
+# ---- Rewards ---------------------------------------------------------------------------------------------------------
+
+EQUAL = [
+    ("42", "42"), ("42.0", "42"), ("$42$", "42"), ("$42", "42"), (r"so it is \boxed{42}", "42"), ("42.", "42"),
+    ("4.2e1", "42"), ("1/2", "0.5"), (r"\frac{1}{2}", ".5"), ("1,000", "1000"), ("-3", "-3.0"), ("<think>7</think> 8", "8"),
+    ("work\n#### 12", "12"), (r"\boxed{\frac{3}{4}}", "0.75"), ("Paris", "paris"), ("1,234,567.5", "1234567.5"),
+]  # fmt: skip
+UNEQUAL = [
+    ("43", "42"), ("", "42"), ("4 2", "42"), (r"\boxed{41} 42", "42"), ("<think>42</think> 43", "42"), ("1/0", "0"),
+    ("nan", "42"), ("1,00", "100"), ("Paris", "London"), ("42%", "42"), ("0.1", "0.10000001"), ("inf", "42"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("said", "gold"), EQUAL)
+def test_answers_that_agree(said, gold):
+    assert answers_agree(said, gold)
+
+
+@pytest.mark.parametrize(("said", "gold"), UNEQUAL)
+def test_answers_that_do_not(said, gold):
+    assert not answers_agree(said, gold)
+
+
+def test_numbers_are_exact():
+    assert as_number("0.1") * 3 == as_number("0.3")
+    assert as_number("forty") is None
+
+
+BAD_REWARD = """
+import asyncio, math, os, time
+
+def good(completions, bonus, **_):
+    return [len(text) + extra for text, extra in zip(completions, bonus)]
+
+async def slow_but_right(completions, **_):
+    await asyncio.sleep(0.01)
+    return [1.0] * len(completions)
+
+def bad(completions, **_):
+    values = []
+    for text in completions:
+        if text == "hang":
+            time.sleep(60)
+        if text == "crash":
+            os._exit(3)
+        if text == "raise":
+            raise RuntimeError("no")
+        values += [{"nan": math.nan, "inf": math.inf, "none": None}.get(text, 0.5)]
+    return values + [0.0] * completions.count("count")
+
+def wants_environments(completions, environments):
+    return [0.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def bad_rewards(tmp_path):
+    path = tmp_path / "rewards.py"
+    path.write_text(BAD_REWARD)
+    return path
+
+
+def test_rewards_that_fail_cost_only_the_samples_to_blame(bad_rewards):
+    worker = RewardWorker(
+        [f"{bad_rewards}:good", f"{bad_rewards}:bad", f"{bad_rewards}:slow_but_right"], timeout=1.0
+    )
+    try:
+        said = ["fine", "hang", "crash", "raise", "nan", "none", "inf", "count", "also fine"]
+        n = len(said)
+        rewards_SR, failures = worker(["p"] * n, said, [[1]] * n, {"bonus": list(range(n))})
+        assert failures == {"timeout": 1, "crash": 1, "exception": 1, "count": 1, "not finite": 2}
+        assert rewards_SR[0].tolist() == [4, 0.5, 1]
+        assert rewards_SR[8].tolist() == [9 + 8, 0.5, 1]
+        assert rewards_SR[5, [0, 2]].tolist() == [4 + 5, 1]
+        assert np.isnan(rewards_SR[5, 1])
+        assert np.isnan(rewards_SR[[1, 2, 3, 4, 6, 7]]).all()
+    finally:
+        worker.stop()
+    assert not worker.process.is_alive()
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("nowhere.py:f", "neither FILE.py:FUNCTION nor one of accuracy, think-format"),
+    ("accurate", "neither FILE.py:FUNCTION nor one of accuracy, think-format"),
+    ("{}:missing", "has no function missing"),
+    ("{}:wants_environments", "asks for `environments`; give the environment a `get_reward` instead"),
+])  # fmt: skip
+def test_rewards_that_do_not_exist_are_refused(bad_rewards, name, message):
+    with pytest.raises(UserError, match=message):
+        RewardWorker([name.format(bad_rewards)], timeout=1.0)
+
+
+def test_a_run_stops_where_too_many_rewards_fail(tmp_path, bad_rewards):
+    path = tmp_path / "raises.py"
+    path.write_text("def reward(completions, **_):\n    raise RuntimeError('never')\n")
+    with pytest.raises(
+        UserError, match=r"step 1: the rewards of 100% of the samples failed \(\{'exception': 16\}\)"
+    ):
+        train(tmp_path / "run", rewards=(f"{path}:reward",))
+
+
+# ---- The step --------------------------------------------------------------------------------------------------------
+
+
+def test_on_policy_the_loss_is_minus_the_mean_advantage_and_the_sampler_agrees(tmp_path):
+    rows = train(tmp_path / "run")
+    said = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    assert [len([row for row in said if row["step"] == step]) for step in (1, 2, 3)] == [16, 16, 16]
+    for row in rows:
+        assert row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+        assert row["clip_ratio/region_mean"] == 0
+        mine = [one["rewards"]["accuracy"] for one in said if one["step"] == row["step"]]
+        assert row["reward"] == pytest.approx(np.mean(mine))
+    tokenizer = load_tokenizer(str(ASSETS / "model"))
+    mine = [row for row in said if row["step"] == 1]
+    tokens = [len(tokenizer(row["completion"])["input_ids"]) + 1 for row in mine]
+    expected = -sum(n * row["advantage"] for n, row in zip(tokens, mine, strict=True)) / sum(tokens)
+    assert rows[0]["loss"] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("flags", [
+    {},
+    {"loss_type": "grpo", "steps_per_generation": 2, "num_iterations": 2, "beta": 0.1, "top_entropy_quantile": 0.5,
+     "entropy_coef": 0.01, "max_steps": 4},
+    {"loss_type": "bnpo", "zero_variance": "skip", "mask_truncated_completions": True},
+], ids=["defaults", "several steps a generation", "skipped groups"])  # fmt: skip
+def test_micro_batches_do_not_change_the_curve(tmp_path, flags):
+    for name, tokens in (("one", 8192), ("many", 40)):
+        train(tmp_path / name, micro_batch_tokens=tokens, **flags)
+    assert_same_curve(metrics_of(tmp_path / "many"), metrics_of(tmp_path / "one"), rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_curve_of_one(tmp_path):
+    flags = {
+        "batch_size": 24,
+        "num_generations": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_steps": 8,
+        "beta": 0.05,
+    }
+    for ranks in (1, 2):
+        result = run("grpo.py", *flags_of(output_dir=tmp_path / str(ranks), **flags), ranks=ranks)
+        assert result.returncode == 0, result.stderr[-2000:]
+    assert_same_curve(metrics_of(tmp_path / "2"), metrics_of(tmp_path / "1"), rtol=1e-2)
+    said = [(tmp_path / ranks / "completions.jsonl").read_text().splitlines() for ranks in "12"]
+    texts = [[json.loads(line)["completion"] for line in lines] for lines in said]
+    assert texts[0] == texts[1]
+
+
+def test_zero_variance_groups_are_replaced_by_new_prompts(tmp_path):
+    """With the accuracy reward some groups of four are all right or all wrong."""
+    kept = train(tmp_path / "kept", max_steps=4)
+    replaced = train(tmp_path / "replaced", max_steps=4, zero_variance="replace", max_replacements=5)
+    assert all(row["drawn_prompts"] == 4 for row in kept)
+    assert max(row["drawn_prompts"] for row in replaced) > 4
+    assert [row["cursor"] for row in replaced] == np.cumsum(
+        [row["drawn_prompts"] for row in replaced]
+    ).tolist()
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_rank": 4, "learning_rate": 1e-3}], ids=["full", "lora"])
+def test_the_engine_gets_every_steps_weights(tmp_path, lora):
+    """Else sampler and trainer would disagree from the second step on."""
+    rows = train(tmp_path / "run", **lora)
+    assert rows[-1]["grad_norm"] > 0
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+
+
+def test_the_reference_is_the_model_as_given(tmp_path):
+    for name, lora in (("full", {}), ("lora", {"lora_rank": 4})):
+        rows = train(tmp_path / name, beta=0.1, **lora)
+        assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+        assert rows[2]["kl"] > 1e-6
+
+
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every):
+    flags = {
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "beta": 0.1,
+        "eval_dataset": (str(ASSETS / "prompts_eval.jsonl"),),
+    }
+    straight = train(tmp_path / "straight", max_steps=8, **flags)
+    args = {**flags, "save_every": save_every, "keep_checkpoints": 9}
+    train(tmp_path / "resumed", max_steps=8, **args)
+    for checkpoint in (tmp_path / "resumed").glob("checkpoint-*"):
+        if int(checkpoint.name[-2:]) > 3:
+            (checkpoint / "progress.json").unlink()
+    assert train(tmp_path / "resumed", max_steps=8, resume=True, **args) == straight
+    assert (tmp_path / "resumed" / "completions.jsonl").read_text() == (
+        tmp_path / "straight" / "completions.jsonl"
+    ).read_text()
+    for name, weight in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], weight)
+
+
+@pytest.mark.slow
+def test_kill_then_resume_is_exact(tmp_path):
+    flags = {
+        "max_steps": 30,
+        "save_every": 3,
+        "batch_size": 16,
+        "num_generations": 4,
+        "steps_per_generation": 2,
+    }
+    result = run("grpo.py", *flags_of(output_dir=tmp_path / "straight", **flags))
+    assert result.returncode == 0, result.stderr[-2000:]
+    for attempt, step in enumerate([4, 17]):
+        process = start("grpo.py", *flags_of(output_dir=tmp_path / "killed", resume=attempt > 0, **flags))
+        wait_for_step(process, tmp_path / "killed", step)
+        time.sleep(0.05 * attempt)
+        kill(process, tmp_path / "killed")
+    result = run("grpo.py", *flags_of(output_dir=tmp_path / "killed", resume=True, **flags))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "straight")
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "one sample": ({"num_generations": 1}, "--num-generations must be 2 or more"),
+    "indivisible": ({"batch_size": 18}, "must be a multiple of --num-generations 4"),
+    "no room": ({"max_completion_length": 9000}, "--max-completion-length 9000 leaves no room for a prompt"),
+    "vespo by sequence": ({"loss_type": "vespo"}, "vespo corrects by token; add --importance-sampling-mode token_truncate"),
+    "plain k1": ({"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": False}, "no expected gradient"),
+    "estimator without beta": ({"kl_estimator": "k2"}, "--kl-estimator does not apply .* it needs --beta above 0"),
+    "delta with sapo": ({"loss_type": "sapo", "delta": 2.0}, "--delta does not apply"),
+    "delta below": ({"delta": 1.1}, r"--delta 1.1 must be above 1 \+ epsilon, 1.2"),
+    "weights": ({"reward_weights": (1.0, 2.0)}, "--reward-weights has 2 weights for 1 rewards"),
+    "quantile": ({"top_entropy_quantile": 1.5}, "it must be at most 1"),
+    "temperature": ({"temperature": 0.0}, "--temperature is 0.0; it must be above 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(tmp_path, name):
+    flags, message = BAD_FLAGS[name]
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", **flags)
+    assert not (tmp_path / "run").exists()
+
+
+BAD_ROWS = {
+    "no prompt": ({"question": "a"}, "`prompt` is null, not non-empty text"),
+    "an answer at the end": (
+        {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        "`prompt` ends with an assistant message",
+    ),
+    "empty": ({"prompt": ""}, "not non-empty text"),
+    "images": ({"prompt": "a", "images": ["x"]}, "the row has images"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows(tmp_path, name):
+    row, message = BAD_ROWS[name]
+    with pytest.raises(UserError, match=message):
+        train(tmp_path / "run", dataset=(write_rows(tmp_path / "rows.jsonl", [row]),))
+
+
+@pytest.mark.learn
+def test_default_run_learns(tmp_path):
+    result = run("grpo.py", "--output-dir", tmp_path / "run", timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = {row["step"]: row for row in metrics_of(tmp_path / "run") if "eval/reward" in row}
+    assert rows[0]["eval/reward"] < 0.6
+    assert rows[max(rows)]["eval/reward"] >= 0.85
