@@ -16,6 +16,7 @@ SCRIPTS = [
     if (ROOT / name).exists()
 ]
 OWN = {"Args", "main", "check_args"}  # of one name in every script, and its own in each
+OWN_FLAGS = {"loss_type", "label_smoothing", "beta"}  # TRL's names, whose meaning depends on the algorithm
 REGION = re.compile(r"^ *# --- shared: (\w+) ---\n.*?^ *# --- end shared ---\n", re.S | re.M)
 
 
@@ -36,7 +37,7 @@ def pieces(source):
 
 
 def flags(source):
-    """Name -> (type, docstring) of every field of Args."""
+    """Name -> (type, docstring) of every field of Args that scripts may share."""
     args = next(
         node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"
     )
@@ -44,7 +45,7 @@ def flags(source):
     return {
         field.target.id: (ast.unparse(field.annotation), doc.value.value)
         for field, doc in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)
+        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and field.target.id not in OWN_FLAGS
     }
 
 

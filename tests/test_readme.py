@@ -16,7 +16,7 @@ COMMANDS = [
     line.split(" #")[0].strip()
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
-    if re.search(r"\b(sft|dpo|reward_model|grpo|async_grpo|gkd)\.py\b", line)
+    if re.search(r"\b(sft|dpo|reward_model|grpo|async_grpo|gkd|stdlib_conversations)\.py\b", line)
 ]
 
 
@@ -27,36 +27,54 @@ def test_the_first_two_blocks_set_up_and_run():
     assert "pytest" in BLOCKS[1]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs(tmp_path, command):
-    command = command.split("&&")[-1].strip()
-    stand_ins = {
-        "Qwen/Qwen3-0.6B": str(ASSETS / "model"),
-        "chats.jsonl": str(ASSETS / "messages.jsonl"),
-        "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
-    }
-    words = [stand_ins.get(word.split(":")[0], word) for word in shlex.split(command)]
+STAND_INS = {
+    "Qwen/Qwen3-0.6B": str(ASSETS / "model"),
+    "chats.jsonl": str(ASSETS / "messages.jsonl"),
+    "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
+    "pairs.jsonl": str(ASSETS / "preferences.jsonl"),
+    "prompts.jsonl": str(ASSETS / "prompts.jsonl"),
+}
+
+
+def run(command, directory):
+    """Run a command of the README in a directory, with small stand-ins for what it names."""
+    words = [STAND_INS.get(word, word) for word in shlex.split(command.split("&&")[-1])]
     if "--nnodes" in words:  # several nodes: one here
         words[words.index("--nnodes") + 1] = "1"
         words[words.index("--rdzv-endpoint") + 1] = "127.0.0.1:0"
     if "--nproc-per-node" in words:
         words[words.index("--nproc-per-node") + 1] = "2"
-    if "--resume" in words:  # a run to resume, which has not ended
-        pytest.skip("needs a stopped run: tests/test_sft.py resumes with this command's flags")
     program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[
         words[0]
     ]
-    words = [
-        *program,
-        *(str(ROOT / word) if word in SCRIPTS else word for word in words[1:]),
-        "--max-steps",
-        "2",
-    ]
-    words = [word for word in words if word]
+    trains = any(word in SCRIPTS for word in words) and "--score" not in words
+    words = [str(ROOT / word) if word.endswith(".py") else word for word in words[1:]]
+    words = [*program, *words, *(["--max-steps", "2"] if trains else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
+        words, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert list(tmp_path.glob("runs/*/final")) or "--output-dir" in command
+    assert result.returncode == 0, (command, result.stderr[-6000:])
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(tmp_path, command):
+    """One that needs what another made (a run to resume, data) comes after that one."""
+    (tmp_path / "rewards.py").write_text(
+        "def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
+    )
+    if "--resume" in command:
+        run(command.replace(" --resume", ""), tmp_path)
+        assert "resuming after step 2" in run(command, tmp_path)
+    elif " stdlib/" in command:
+        run("python tests/assets/stdlib_conversations.py stdlib", tmp_path)
+        run(command, tmp_path)
+    elif "--score" in command:
+        run("python reward_model.py --output-dir runs/judge", tmp_path)
+        run(command, tmp_path)
+    else:
+        run(command, tmp_path)
+    made = ["runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl"]
+    assert any(list(tmp_path.glob(pattern)) for pattern in made)
