@@ -11,7 +11,10 @@ UserError marks a user's mistake: scripts print its message alone. Every other e
 """
 
 import asyncio
+import atexit
+import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import heapq
@@ -23,23 +26,34 @@ import math
 import multiprocessing
 import operator
 import os
+import queue
 import random
 import re
+import shlex
 import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
 
 import datasets
+import httpx
 import numpy as np
 import tokenizers
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from datasets import Features, List, Value
 from filelock import FileLock, Timeout
 from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -1414,7 +1428,8 @@ def load_reward(name):
 
 def serve_rewards(pipe, names):
     """The worker process: answers (index of a reward, arguments) with ("ok", values) or what went wrong."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the group: the trainer decides when to end
+        signal.signal(number, signal.SIG_IGN)
     try:
         rewards = [load_reward(name) for name in names]
     except UserError as error:
@@ -1475,8 +1490,11 @@ class RewardWorker:
 
     def call(self, index, arguments):
         """-> values, one for each completion, or None; and what went wrong, or ""."""
-        self.pipe.send((index, arguments))
-        kind, values = self.receive(self.timeout)
+        try:
+            self.pipe.send((index, arguments))
+            kind, values = self.receive(self.timeout)
+        except OSError:  # it died since
+            kind, values = "crash", None
         if kind in ("timeout", "crash"):
             self.stop()
             self.start()
@@ -1557,6 +1575,11 @@ class HFEngine:
         for name, weight in weights:
             self.parameters[name].copy_(weight)
         self.version = version
+
+    def wake(self):
+        """Before a generation; sleep: after it. There is nothing to do."""
+
+    sleep = stop = wake
 
     def generate(self, prompts, keys, num_samples, max_lengths, temperature, stop_ids):
         """prompts: token ids; for each, keys: a tuple of ints from which its samples are drawn, max_lengths:
@@ -1668,3 +1691,475 @@ def draw(logits_SV, temperature, uniform_S):
         level_S = uniform_S.float().clamp(max=1 - 2**-22) * cdf_SV[:, -1]
         token_S = torch.searchsorted(cdf_SV, level_S[:, None], right=True).squeeze(1)
     return token_S, logps_SV.gather(1, token_S[:, None]).squeeze(1)
+
+
+# ---- vLLM over HTTP ----------------------------------------------------------------------------------------
+
+
+class EngineError(UserError):
+    """A generation server is gone, late, or has not the weights that it should have. It may be mended."""
+
+
+@dataclass(frozen=True)
+class ServerNeeds:
+    """What a vLLM server must be started with."""
+
+    model: str
+    dtype: str
+    """What the trainer computes in: float32 or bfloat16."""
+    max_length: int
+    """Most tokens of a prompt and its completion."""
+    transport: str
+    """How weights reach it: gloo on CPU, ipc on the trainer's own GPUs, nccl on others."""
+    flags: tuple = ()
+    """More of vLLM's own."""
+
+    def command(self, port=8000):
+        """-> environment, a dict, and arguments of Python. vLLM's control routes have no password: the server
+        listens to its own machine only, unless --host is changed."""
+        env = {"VLLM_SERVER_DEV_MODE": "1"}
+        args = ["--model", self.model, "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+        args += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+        args += ["--disable-uvicorn-access-log"]
+        args += ["--dtype", self.dtype, "--max-model-len", str(self.max_length)]
+        args += ["--weight-transfer-config", json.dumps({"backend": self.transport})]
+        if self.transport == "gloo":
+            env |= {"PYTHONPATH": str(Path(__file__).parent), "VLLM_CPU_KVCACHE_SPACE": "1"}
+            args += ["--worker-extension-cls", "common.VLLMExtension", "--enforce-eager"]
+            # vLLM 0.32's CPU worker ends where a prompt with a seed is computed in parts.
+            args += [
+                "--no-enable-chunked-prefill",
+                "--max-num-batched-tokens",
+                str(max(8192, self.max_length)),
+            ]
+        if self.transport == "ipc":  # handles of GPU memory come pickled
+            env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+            args.append("--enable-sleep-mode")
+        return env, ["-m", "vllm.entrypoints.openai.api_server", *args, *self.flags]
+
+    def shell(self):
+        """The command as one types it."""
+        env, args = self.command()
+        return " ".join(
+            [*(f"{k}={shlex.quote(v)}" for k, v in env.items()), "python", *map(shlex.quote, args)]
+        )
+
+    def problems(self, config):
+        """Why a server with this vLLM config, as JSON, cannot be used -> [str, ...]."""
+        model, transfer = config["model_config"], config["weight_transfer_config"] or {}
+        found = {
+            "--logprobs-mode": (model["logprobs_mode"], "processed_logprobs"),
+            "--dtype": (model["dtype"].removeprefix("torch."), self.dtype),
+            "--weight-transfer-config": (transfer.get("backend"), self.transport),
+        }
+        problems = [f"{name} is {has}, not {need}" for name, (has, need) in found.items() if has != need]
+        if model["max_model_len"] < self.max_length:
+            problems.append(f"--max-model-len is {model['max_model_len']}, below {self.max_length}")
+        if self.transport == "ipc" and not model["enable_sleep_mode"]:
+            problems.append("--enable-sleep-mode is missing")
+        if self.transport == "gloo" and config["scheduler_config"]["enable_chunked_prefill"]:
+            problems.append("--no-enable-chunked-prefill is missing")
+        return problems
+
+
+class VLLMServer:
+    """One server, its process where we started it, and the way of weights to it. Every wait has a deadline."""
+
+    def __init__(self, needs, url=None, log_path=None, gpus=None, is_owner=True, timeout=600.0):
+        """url: where it listens; None starts one, which writes to log_path and sees the GPUs numbered `gpus`.
+        is_owner: whether this rank, of those that use it, controls it. timeout: seconds for anything."""
+        self.needs, self.log_path, self.gpus, self.timeout = needs, log_path, gpus, timeout
+        self.is_owner, self.is_asleep, self.is_paused = is_owner, False, False
+        self.process, self.sender, self.url, self.version = None, None, url, None
+        if url is None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+            self.launch()
+
+    def launch(self):
+        """Start the process; it ends when ours does, however that ends."""
+        env, args = self.needs.command(self.url.rpartition(":")[2])
+        of_torchrun = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        ours = {k: v for k, v in os.environ.items() if k not in of_torchrun and "TORCHELASTIC" not in k}
+        if self.gpus is not None:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
+
+        def end_with_parent():
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; vLLM then ends its own processes
+
+        with open(self.log_path, "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *args],
+                env=ours | env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )
+        atexit.register(self.stop)
+
+    def is_dead(self):
+        return self.process is not None and self.process.poll() is not None
+
+    def kill(self):
+        """End the process and those that it has started."""
+        if self.process is not None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            atexit.unregister(self.stop)
+
+    def stop(self):
+        """End what we started, and leave what was given to us unpaused."""
+        if self.process is None and self.is_paused:
+            with contextlib.suppress(EngineError):
+                self.request("POST", "resume", seconds=10)
+        self.kill()
+        self.process = None
+
+    def request(self, method, path, seconds=None, **kwargs):
+        """-> the JSON of the answer; EngineError where there is none in time, or one that says of a failure."""
+        try:
+            answer = httpx.request(method, f"{self.url}/{path}", timeout=seconds or self.timeout, **kwargs)
+        except httpx.HTTPError as error:
+            raise EngineError(f"the vLLM server {self.url} does not answer /{path}: {error!r}") from error
+        if answer.status_code != 200:
+            said = f"answers /{path} with {answer.status_code}: {answer.text[:500]}"
+            raise EngineError(f"the vLLM server {self.url} {said}")
+        return answer.json() if answer.content else None
+
+    def wait(self):
+        """Until the server answers; EngineError where it has ended, or does not in time."""
+        deadline = time.monotonic() + self.timeout
+        while True:
+            if self.is_dead():
+                said = "".join(Path(self.log_path).read_text(errors="replace").splitlines(True)[-15:])
+                raise EngineError(
+                    f"the vLLM server ended with exit code {self.process.returncode}; its log, {self.log_path}, "
+                    f"ends with:\n{said}Is vLLM installed? The README says how"
+                )
+            try:
+                return self.request("GET", "health", seconds=5)
+            except EngineError as error:
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"{error}; waited {self.timeout:g} s. Start it with\n{self.needs.shell()}"
+                    ) from error
+                time.sleep(0.5)
+
+    def check(self):
+        """UserError with the right command line where the server's flags do not do."""
+        try:
+            config = self.request("GET", "server_info", params={"config_format": "json"})["vllm_config"]
+            problems, missing = self.needs.problems(config), "--enable-scale-out"
+            probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
+            self.request("POST", "inference/v1/generate", json=probe)
+            self.version = self.request("GET", "weight_info")["weight_version"]
+        except EngineError as error:
+            missing = "--enable-scale-out" if "generate" in str(error) else "VLLM_SERVER_DEV_MODE=1"
+            problems = [f"{error}; it needs {missing}"]
+        if problems:
+            raise UserError(
+                f"the vLLM server {self.url} cannot be used: {'; '.join(problems)}. Start it with\n"
+                f"{self.needs.shell()}"
+            )
+
+    def sleep(self):
+        """Give the GPU's memory to the trainer, which shares it with the server."""
+        if self.needs.transport == "ipc" and not self.is_asleep:
+            if self.is_owner:
+                self.request("POST", "sleep", params={"level": 1})
+            self.is_asleep = True
+
+    def wake(self):
+        if self.is_asleep:
+            if self.is_owner:
+                self.request("POST", "wake_up")
+            self.is_asleep = False
+
+    def load_weights(self, weights, version):
+        """weights: name -> whole tensor in the server's dtype, named as in checkpoints. Requests that run are
+        frozen meanwhile, and go on with the new weights. All ranks that use an ipc server take part."""
+        deadline = time.monotonic() + self.timeout
+        if self.is_owner:
+            self.request("POST", "pause", params={"mode": "keep"})
+            self.is_paused = True
+        if self.is_owner or self.needs.transport == "ipc":
+            if self.sender is None:
+                self.sender = (GlooSender if self.needs.transport == "gloo" else VLLMSender)(self, deadline)
+            self.sender.send(weights, deadline)
+        if self.is_owner:
+            self.request("POST", "update_weight_version", json={"new_version": str(version)})
+            self.request("POST", "reset_prefix_cache")
+            self.request("POST", "resume")
+            self.is_paused = False
+            self.version = self.request("GET", "weight_info")["weight_version"]
+            if self.version != str(version):
+                raise EngineError(f"the vLLM server {self.url} says {self.version} after it got {version}")
+
+
+def side_by_side(deadline, *calls):
+    """Run calls in threads -> their results; EngineError at the first that fails, or at the deadline. What
+    then still runs is left alone: it has a deadline of its own."""
+    answers = queue.SimpleQueue()
+    device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def run(index, call):
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            answers.put((index, call(), None))
+        except Exception as error:
+            answers.put((index, None, error))
+
+    results = [None] * len(calls)
+    for index, call in enumerate(calls):
+        threading.Thread(target=run, args=(index, call), daemon=True).start()
+    for _ in calls:
+        try:
+            index, results[index], error = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            raise EngineError("the weight transfer to the vLLM server was not done in time") from None
+        if error is not None:
+            raise EngineError(f"the weight transfer to the vLLM server failed: {error}") from error
+    return results
+
+
+def own_address(url):
+    """This machine's address as the server at `url` sees it."""
+    host, port = httpx.URL(url).host, httpx.URL(url).port or 80
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return probe.getsockname()[0]
+
+
+class GlooSender:
+    """The trainer's side of our weight transfer to a CPU server: a broadcast for each tensor."""
+
+    def __init__(self, server, deadline):
+        self.server = server
+        world_size = 1 + server.request("GET", "get_world_size")["world_size"]
+        host, timeout = own_address(server.url), timedelta(seconds=server.timeout)
+        store = dist.TCPStore(host, 0, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
+        info = {"host": host, "port": store.port, "world_size": world_size, "timeout": server.timeout}
+        self.group, _ = side_by_side(
+            deadline,
+            lambda: dist.ProcessGroupGloo(store, 0, world_size, timeout),
+            lambda: server.request("POST", "init_weight_transfer_engine", json={"init_info": info}),
+        )
+
+    def send(self, weights, deadline):
+        names, dtypes = (
+            list(weights),
+            [str(weight.dtype).removeprefix("torch.") for weight in weights.values()],
+        )
+        shapes = [list(weight.shape) for weight in weights.values()]
+        info = {"names": names, "dtype_names": dtypes, "shapes": shapes}
+
+        def broadcast():
+            for weight in weights.values():
+                self.group.broadcast(weight.detach().cpu().contiguous(), 0).wait()
+
+        self.server.request("POST", "start_weight_update")
+        side_by_side(
+            deadline,
+            broadcast,
+            lambda: self.server.request("POST", "update_weights", json={"update_info": info}),
+        )
+        self.server.request("POST", "finish_weight_update", json={})
+
+
+class VLLMSender:
+    """The trainer's side of vLLM's own nccl and ipc transfers. Call order is tested against a server that
+    records it; neither has run on GPUs yet."""
+
+    def __init__(self, server, deadline):
+        from vllm.distributed.weight_transfer import (
+            HTTPVLLMWeightSyncClient,
+            ParamMeta,
+            WeightSource,
+            WeightTransferTrainerFactory,
+        )
+        from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+
+        class Weights(WeightSource):
+            """What is sent next."""
+
+            def metadata(self):
+                return [ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in self.weights.items()]
+
+            def __iter__(self):
+                return iter(self.weights.items())
+
+        self.source = Weights()
+        if server.needs.transport == "ipc":
+            info = IPCTrainerInitInfo(rank=0 if server.is_owner else 1)
+        else:
+            world_size = 1 + server.request("GET", "get_world_size")["world_size"]
+            with socket.socket() as free:
+                free.bind(("", 0))
+                port = free.getsockname()[1]
+            info = NCCLTrainerInitInfo(own_address(server.url), port, world_size, rank=0)
+        client = HTTPVLLMWeightSyncClient(server.url, server.timeout)
+        start = functools.partial(
+            WeightTransferTrainerFactory.trainer_init, client=client, source=self.source
+        )
+        (self.engine,) = side_by_side(deadline, lambda: start(info))
+
+    def send(self, weights, deadline):
+        self.source.weights = weights
+        side_by_side(deadline, self.engine.send_weights)
+
+
+class VLLMEngine:
+    """Generation by vLLM servers: token ids in, token ids and log-probs out. As HFEngine, over HTTP."""
+
+    def __init__(self, servers, model, dtype):
+        """servers: those that this rank asks, in turn. model: whose weights they get, in `dtype`."""
+        self.servers, self.model, self.dtype, self.version = servers, model, dtype, None
+
+    def load_weights(self, weights, version):
+        """As HFEngine.load_weights, for all ranks at once: gathering `weights` may need them all."""
+        weights = {name: weight.detach().to(self.dtype) for name, weight in weights}
+        weights = revert_weight_conversion(self.model, weights)  # experts have other names in checkpoints
+        for server in self.servers:
+            server.load_weights(weights, version)
+        self.version = version
+
+    def generate(self, prompts, keys, num_samples, max_lengths, temperature, stop_ids):
+        """As HFEngine.generate; EngineError where a server fails or has other weights than it was given."""
+        return asyncio.run(self.generate_all(prompts, keys, num_samples, max_lengths, temperature, stop_ids))
+
+    async def generate_all(self, prompts, keys, num_samples, max_lengths, temperature, stop_ids):
+        # Every setting is given: else a server's own defaults would apply.
+        shared = {"n": num_samples, "temperature": temperature, "logprobs": 0, "stop_token_ids": stop_ids}
+        shared |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+        shared |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "detokenize": False}
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=self.servers[0].timeout, limits=limits) as client:
+            requests = []
+            for index, (ids, key, length) in enumerate(zip(prompts, keys, max_lengths, strict=True)):
+                seed = int(np.random.default_rng(key).integers(2**62))  # vLLM adds 1 for each further sample
+                body = {"token_ids": ids, "sampling_params": {**shared, "max_tokens": length, "seed": seed}}
+                requests.append(self.ask(client, self.servers[index % len(self.servers)], body))
+            return await asyncio.gather(*requests)
+
+    async def ask(self, client, server, body):
+        """-> the Rollouts of one prompt. A server that fails is asked again until the deadline; one that says
+        that the request is wrong is not."""
+        deadline = time.monotonic() + server.timeout
+        while True:
+            try:
+                answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
+                problem = f"{answer.status_code}: {answer.text[:500]}"
+                if answer.status_code == 200:
+                    break
+                if answer.status_code < 500:
+                    raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
+            except httpx.HTTPError as error:
+                problem = repr(error)
+            if server.is_dead() or time.monotonic() > deadline:
+                raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")
+            await asyncio.sleep(0.5)
+        rollouts = []
+        for choice in answer.json()["choices"]:
+            versions = {span["version"] for span in choice["weight_versions"]}
+            if versions != {str(self.version)} and self.version is not None:
+                has = ", ".join(sorted(versions))
+                raise EngineError(f"the vLLM server {server.url} has weights {has}, not {self.version}")
+            if choice["finish_reason"] not in ("stop", "length"):
+                raise EngineError(f"the vLLM server {server.url} ended a sample: {choice['finish_reason']}")
+            logps = [token["logprob"] for token in choice["logprobs"]["content"]]
+            is_finished = choice["finish_reason"] == "stop"
+            rollouts.append(Rollout(body["token_ids"], choice["token_ids"], logps, is_finished))
+        return rollouts
+
+    def recover(self):
+        """Start again what we started and has died, wait for what has not; all need weights again."""
+        for server in self.servers:
+            server.sender, self.version = None, None
+            if server.process is not None:
+                server.kill()
+                server.launch()
+            server.wait()
+            server.check()
+
+    def sleep(self):
+        """Between generation and training."""
+        for server in self.servers:
+            server.sleep()
+
+    def wake(self):
+        for server in self.servers:
+            server.wake()
+
+    def stop(self):
+        for server in self.servers:
+            server.stop()
+
+
+class VLLMExtension:
+    """For --worker-extension-cls: a vLLM worker that imports this module learns our weight transfer."""
+
+
+def register_gloo_transfer():
+    """The server's side of GlooSender, as a weight transfer engine of vLLM."""
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        host: str
+        port: int
+        world_size: int
+        timeout: float
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        names: list
+        dtype_names: list
+        shapes: list
+
+    class GlooReceiver(WeightTransferEngine):
+        init_info_cls, update_info_cls = InitInfo, UpdateInfo
+
+        def init_transfer_engine(self, info):
+            timeout, rank = timedelta(seconds=info.timeout), 1 + self.parallel_config.rank
+            store = dist.TCPStore(info.host, info.port, info.world_size, is_master=False, timeout=timeout)
+            self.group = dist.ProcessGroupGloo(store, rank, info.world_size, timeout)
+
+        def start_weight_update(self):
+            initialize_layerwise_reload(self.model)
+
+        def receive_weights(self, info):
+            for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True):
+                weight = torch.empty(shape, dtype=getattr(torch, dtype))
+                self.group.broadcast(weight, 0).wait()
+                self.model.load_weights([(name, weight)])
+
+        def finish_weight_update(self):
+            finalize_layerwise_reload(self.model, self.model_config)
+            for module in self.model.modules():  # a tied head would keep its old weights, packed for the CPU
+                if hasattr(module, "cpu_linear") and module.weight.numel():
+                    dispatch_cpu_unquantized_gemm(module, remove_weight=False)
+
+        def shutdown(self):
+            self.group = None
+
+    WeightTransferEngineFactory.register_engine("gloo", GlooReceiver)
+
+
+if "vllm.v1.worker.worker_base" in sys.modules:  # this is a vLLM worker, see VLLMExtension
+    register_gloo_transfer()

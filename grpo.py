@@ -74,9 +74,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 
 from common import (
     PROMPT_FEATURES,
+    EngineError,
     HFEngine,
     RewardWorker,
+    ServerNeeds,
     UserError,
+    VLLMEngine,
+    VLLMServer,
     collate,
     encode_prompt,
     load_tokenizer,
@@ -90,6 +94,7 @@ TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen 
 # A resumed run may change these: they do not change what is learnt, but to rounding.
 RUN_FLAGS = ["output_dir", "resume", "save_every", "keep_checkpoints", "eval_every", "log_every", "wandb"]
 RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compile"]
+RUN_FLAGS += ["vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"]
 # Losses that divide by all trained tokens of a generation batch; the others by what `token_weights` says.
 PER_TOKEN = {"dapo", "cispo", "vespo"}
 CLIPPED = {"grpo", "bnpo", "dr_grpo", "dapo", "luspo"}
@@ -196,6 +201,16 @@ class Args:
     """Of sampling, and of the log-probs that are trained."""
     eval_generations: int = 1
     """Samples of each held-out prompt; 1 is greedy."""
+    engine: Literal["hf", "vllm"] = "hf"
+    """What generates: a copy of the policy in this process, or vLLM servers."""
+    vllm_url: tuple[str, ...] = ()
+    """Servers that run already, such as http://10.0.0.2:8000; without, each rank starts one."""
+    vllm_timeout: float = 600.0
+    """Seconds that a server may take to start, to generate a batch or to take new weights."""
+    vllm_gpu_memory_utilization: float = 0.4
+    """Share of the GPU's memory for the server that is started on it."""
+    vllm_tensor_parallel_size: int = 1
+    """Ranks, and their GPUs, that share a started server."""
 
     # --- rewards
     rewards: tuple[str, ...] = ("accuracy",)
@@ -1288,6 +1303,66 @@ def whole_weights(policy):
             yield f"{name}.weight", full(module.base_layer.weight) + delta
 
 
+def find_servers(args, device, dtype, max_length, output_dir):
+    """The vLLM servers that this rank asks: given, or started, by each rank or the first of a group."""
+    if args.engine == "hf":
+        return []
+    rank, world_size, urls = dist.get_rank(), dist.get_world_size(), args.vllm_url
+    flags, size, transport = (), args.vllm_tensor_parallel_size, "gloo"
+    if device.type == "cuda":
+        transport = "nccl" if urls else "ipc"
+        memory = str(args.vllm_gpu_memory_utilization)
+        flags = () if urls else ("--gpu-memory-utilization", memory, "--tensor-parallel-size", str(size))
+    if args.trust_remote_code:
+        flags += ("--trust-remote-code",)
+    needs = ServerNeeds(base_model(args), str(dtype).removeprefix("torch."), max_length, transport, flags)
+    make = functools.partial(VLLMServer, needs, timeout=args.vllm_timeout)
+    if urls:  # several to a rank, or several ranks to one, which the first of them controls
+        mine = urls[rank::world_size] or (urls[rank % len(urls)],)
+        return [make(url.rstrip("/"), is_owner=rank < len(urls)) for url in mine]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    log_path, first = output_dir / f"vllm-{rank}.log", rank % size == 0
+    gpus = range(device.index, device.index + size) if device.type == "cuda" else None
+    servers = [make(log_path=log_path, gpus=gpus)] if first else []
+    gathered = [None] * world_size
+    dist.all_gather_object(gathered, servers[0].url if first else None)
+    return servers or [make(gathered[rank - rank % size], is_owner=False)]
+
+
+def try_engine(function, *given):
+    """-> what function(*given) returns, or the EngineError that it raises; the other is None."""
+    try:
+        return function(*given), None
+    except EngineError as error:
+        return None, error
+
+
+def check_engine(args, engine, model, row, stop_ids, device):
+    """UserError where the trainer gives other log-probs than the engine to what that samples. All ranks take
+    part."""
+    asked = [row["input_ids"]], [(args.seed, 2**31)], 4, [16], args.temperature, stop_ids
+    groups, problem = try_engine(engine.generate, *asked)
+    if any_rank(problem):
+        raise problem or UserError("the engine of another rank failed")
+    theirs, ours = [], []
+    for rollout in groups[0]:
+        ids = np.array(rollout.prompt_ids + rollout.ids)
+        batch = collate([(ids, np.arange(len(ids)) >= len(rollout.prompt_ids))], device)
+        with torch.no_grad():
+            ours += model.token_stats(batch, args.temperature).logps_N.tolist()
+        theirs += rollout.logps
+    difference = np.abs(np.subtract(ours, theirs)).mean()
+    bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
+    if any_rank(not difference <= bound):
+        remedy = f"does it serve {base_model(args)}?" if args.engine == "vllm" else "try --engine vllm"
+        raise UserError(
+            f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens: {remedy} "
+            f"They are {difference:.4f} apart on average, at most {bound} is rounding\n"
+            f"engine   {' '.join(f'{logp:.4f}' for logp in theirs[:12])}\n"
+            f"trainer  {' '.join(f'{logp:.4f}' for logp in ours[:12])}"
+        )
+
+
 # ---- Rollouts ----------------------------------------------------------------------------------------------
 
 
@@ -1453,7 +1528,10 @@ def check_args(args):
     defaults = type(args)()
     above_0 = "num_generations max_completion_length eval_generations steps_per_generation num_iterations"
     above_0 += " temperature reward_timeout epsilon delta importance_sampling_clip_max sapo_temperature_pos"
-    above_0 += " sapo_temperature_neg top_entropy_quantile epsilon_high"
+    above_0 += (
+        " sapo_temperature_neg top_entropy_quantile epsilon_high vllm_timeout vllm_tensor_parallel_size"
+    )
+    above_0 += " vllm_gpu_memory_utilization"
     for name in above_0.split():
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
@@ -1496,6 +1574,13 @@ def check_args(args):
         raise UserError(
             "--kl-estimator k1 in the loss has no expected gradient; use k2 or k3, or correct its bias"
         )
+    if args.vllm_url and not all(url.startswith(("http://", "https://")) for url in args.vllm_url):
+        raise UserError(f"--vllm-url {' '.join(args.vllm_url)}: give each as http://HOST:PORT")
+    if (ranks := int(os.environ.get("WORLD_SIZE", 1))) % args.vllm_tensor_parallel_size:
+        raise UserError(
+            f"--vllm-tensor-parallel-size {args.vllm_tensor_parallel_size} does not divide the {ranks} ranks"
+        )
+    starts_server = (args.engine == "vllm" and not args.vllm_url, "--engine vllm without --vllm-url")
     clipped = args.loss_type in CLIPPED
     in_loss = "--beta above 0, and no --kl-in-reward"
     applies = {  # flag -> whether the others let it count, and what it needs
@@ -1507,6 +1592,10 @@ def check_args(args):
         "kl_estimator": (args.beta and not args.kl_in_reward, in_loss),
         "use_bias_correction_kl": (args.beta and not args.kl_in_reward, in_loss),
         "kl_in_reward": (args.beta, "--beta above 0"),
+        "vllm_url": (args.engine == "vllm", "--engine vllm"),
+        "vllm_timeout": (args.engine == "vllm", "--engine vllm"),
+        "vllm_gpu_memory_utilization": starts_server,
+        "vllm_tensor_parallel_size": starts_server,
         "max_replacements": (args.zero_variance == "replace", "--zero-variance replace"),
         "baseline": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
         "scale_rewards": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
@@ -1564,8 +1653,13 @@ def main(args):
     # --- end shared ---
     data_digest = rows_digest(data)
     check_same_data(data_digest, rows_digest(eval_data) if args.eval_dataset else None)
+    output_dir = choose_output_dir(args)
+    servers = find_servers(args, device, dtype, room + args.max_completion_length, output_dir)
     policy = load_policy(args, config, device)
-    engine = HFEngine(plain_copy(args, policy, dtype, device))
+    if args.engine == "hf":
+        engine = HFEngine(plain_copy(args, policy, dtype, device))
+    else:
+        engine = VLLMEngine(servers, unwrap(policy), dtype)
     reference = copy_reference(args, policy, dtype)
     for each in [policy, reference] if isinstance(reference, torch.nn.Module) else [policy]:
         unwrap(each).token_stats = MethodType(token_stats, unwrap(each))
@@ -1576,9 +1670,16 @@ def main(args):
     eos = unwrap(policy).generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     stop_ids = sorted(stop_ids)
+    row = data[rank % len(data)]
+    engine_check = functools.partial(check_engine, args, engine, unwrap(policy), row, stop_ids, device)
+    for server in servers:
+        server.wait()
+        server.check()
+    if not any_rank(any(server.version != "default" for server in servers)):  # no other run has changed them
+        with adapter(policy, ""):
+            engine_check()
 
-    # ---- Output directory, resume, report ----
-    output_dir = choose_output_dir(args)
+    # ---- Resume, report ----
     progress = {"step": 0, "tokens": 0, "cursor": 0, "batch": []}
     if args.resume:
         check_resumable(output_dir, args, data_digest)
@@ -1604,20 +1705,43 @@ def main(args):
         print(f"output    {output_dir}", flush=True)
     bar = tqdm(total=total_steps, initial=progress["step"], disable=rank != 0, unit="step")
 
-    def update_engine(step):
-        """Give the engine the weights of `step`, if it has others. All ranks take part."""
-        if engine.version != step:
-            engine.load_weights(whole_weights(policy), step)
+    unchecked = 2  # times that the engine gets weights: those of the beginning, and the first others
+
+    def with_engine(step, function, *given):
+        """What function(*given) returns when the engine has the weights of `step`. Where that fails on any
+        rank, it is started and given weights once more; then the run stops, with a checkpoint."""
+        nonlocal unchecked
+        for attempts_left in (1, 0):
+            result, problem = None, try_engine(engine.wake)[1]
+            if engine.version != step and not any_rank(problem):
+                _, problem = try_engine(engine.load_weights, whole_weights(policy), step)
+                if unchecked and not any_rank(problem):
+                    engine_check()
+                    unchecked -= 1
+            if not any_rank(problem):
+                result, problem = try_engine(function, *given)
+            if not any_rank(problem):
+                engine.sleep()
+                return result
+            problem = problem or EngineError("the engine of another rank failed")
+            if attempts_left:
+                bar.write(f"step {step}: {problem}; it is started again")
+                problem = try_engine(engine.recover)[1]
+                if not any_rank(problem):
+                    continue
+            if step:
+                save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints)
+            raise UserError(f"{problem}\nStopped after step {step}, which is saved; mend it, then --resume")
 
     def evaluate_when_due(step):
         due = step in (0, total_steps) or (args.eval_every and step % args.eval_every == 0)
         if not args.eval_dataset or not due or any_rank(step in log.evals):
             return
-        update_engine(step)
         k, mine = args.eval_generations, range(len(eval_data))[rank::world_size]
         temperature = 0 if k == 1 else args.temperature
         rows = eval_data.select(mine)
-        groups, _ = roll_out(args, engine, worker, tokenizer, rows, mine, k, temperature, stop_ids)
+        asked = args, engine, worker, tokenizer, rows, mine, k, temperature, stop_ids
+        groups, _ = with_engine(step, roll_out, *asked)
         groups = gather_lists(groups)
         rewards_PKR = torch.tensor([[s.rewards for s in group] for group in groups], dtype=torch.float64)
         weights_R = torch.tensor(args.reward_weights or (1.0,) * len(args.rewards), dtype=torch.float64)
@@ -1633,8 +1757,8 @@ def main(args):
             f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
         )
 
-    evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
     batch, saved = [Sample(**sample) for sample in progress["batch"]], progress
+    evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
 
     # ---- Training ----
     for step in range(progress["step"], total_steps):
@@ -1645,24 +1769,15 @@ def main(args):
 
         # ---- Rollout: sample, judge, compare ----
         if phase == 0:
-            update_engine(step)
             groups, drawn, failures, rounds = [], [], Counter(), 0
             while len(groups) < prompts_per_batch and rounds <= args.max_replacements:
                 cursors = range(cursor, cursor + prompts_per_batch - len(groups))
                 cursor, rounds = cursors.stop, rounds + 1
                 mine = cursors[rank::world_size]
                 rows = data.select([epoch_order(n, args.seed, c // n)[c % n] for c in mine])
-                new, failed = roll_out(
-                    args,
-                    engine,
-                    worker,
-                    tokenizer,
-                    rows,
-                    mine,
-                    args.num_generations,
-                    args.temperature,
-                    stop_ids,
-                )
+                asked = args, engine, worker, tokenizer, rows, mine
+                asked += args.num_generations, args.temperature, stop_ids
+                new, failed = with_engine(step, roll_out, *asked)
                 new, failed = gather_lists(new), gather_lists([failed])
                 drawn += new
                 failures += sum(failed, Counter())
@@ -1831,6 +1946,7 @@ def main(args):
                 print(f"eval/reward: {before:.4f} before training, {after:.4f} after {total_steps} steps")
             print(f"the model is in {final}; its answers end with {tokenizer.decode(stop_ids) or 'nothing'}")
     worker.stop()
+    engine.stop()
     log.finish()
     dist.destroy_process_group()
 
