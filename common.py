@@ -1763,7 +1763,7 @@ class ServerNeeds:
 
 
 class VLLMServer:
-    """One server, its process where we started it, and the way of weights to it. Every wait has a deadline."""
+    """One server, its process if we started it, and the way of weights to it. Every wait has a deadline."""
 
     def __init__(self, needs, url=None, log_path=None, gpus=None, is_owner=True, timeout=600.0):
         """url: where it listens; None starts one, which writes to log_path and sees the GPUs numbered `gpus`.
@@ -1823,7 +1823,7 @@ class VLLMServer:
         self.process = None
 
     def request(self, method, path, seconds=None, **kwargs):
-        """-> the JSON of the answer; EngineError where there is none in time, or one that says of a failure."""
+        """-> the JSON of the answer; EngineError where none comes in time, or one that tells of a failure."""
         try:
             answer = httpx.request(method, f"{self.url}/{path}", timeout=seconds or self.timeout, **kwargs)
         except httpx.HTTPError as error:
@@ -1840,8 +1840,8 @@ class VLLMServer:
             if self.is_dead():
                 said = "".join(Path(self.log_path).read_text(errors="replace").splitlines(True)[-15:])
                 raise EngineError(
-                    f"the vLLM server ended with exit code {self.process.returncode}; its log, {self.log_path}, "
-                    f"ends with:\n{said}Is vLLM installed? The README says how"
+                    f"the vLLM server ended with exit code {self.process.returncode}; its log, "
+                    f"{self.log_path}, ends with:\n{said}Is vLLM installed? The README says how"
                 )
             try:
                 return self.request("GET", "health", seconds=5)

@@ -1356,8 +1356,8 @@ def check_engine(args, engine, model, row, stop_ids, device):
     if any_rank(not difference <= bound):
         remedy = f"does it serve {base_model(args)}?" if args.engine == "vllm" else "try --engine vllm"
         raise UserError(
-            f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens: {remedy} "
-            f"They are {difference:.4f} apart on average, at most {bound} is rounding\n"
+            f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens: "
+            f"{remedy} They are {difference:.4f} apart on average, at most {bound} is rounding\n"
             f"engine   {' '.join(f'{logp:.4f}' for logp in theirs[:12])}\n"
             f"trainer  {' '.join(f'{logp:.4f}' for logp in ours[:12])}"
         )

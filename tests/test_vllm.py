@@ -1,0 +1,542 @@
+"""The vLLM engine: its checks and retries against a server that is a script, the rest against a real one on CPU."""
+
+import json
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ASSETS, kill, read_metrics, run, start, wait_for_step
+from transformers import AutoModelForCausalLM
+
+import common
+from common import EngineError, ServerNeeds, UserError, VLLMEngine, VLLMServer, side_by_side
+
+needs_vllm = pytest.mark.skipif(
+    not find_spec("vllm"), reason="needs vLLM: the README's section on tests says how"
+)
+NEEDS = ServerNeeds(str(ASSETS / "model"), "float32", 512, "gloo")
+PROMPT = [1, 286, 201, 291, 274, 223, 20, 23, 13, 24, 18, 33, 2, 201, 1, 293, 201]  # "What is 25+60?"
+CONFIG = {
+    "model_config": {
+        "logprobs_mode": "processed_logprobs",
+        "dtype": "torch.float32",
+        "max_model_len": 512,
+        "enable_sleep_mode": False,
+    },
+    "weight_transfer_config": {"backend": "gloo"},
+    "scheduler_config": {"enable_chunked_prefill": False},
+}
+
+# ---- A server that is a script ---------------------------------------------------------------------------------------
+
+
+def choice(version="3", reason="stop"):
+    return {
+        "token_ids": [5, 2],
+        "weight_versions": [{"version": version, "start": 0, "end": 2}],
+        "finish_reason": reason,
+        "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -0.25}]},
+    }
+
+
+@pytest.fixture
+def scripted():
+    """A server that answers each path as `answers` says: path -> (status, JSON), or a list of them in turn; `calls` is
+    what it was asked."""
+    state = SimpleNamespace(calls=[], bodies=[], answers={})
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            path = self.path.lstrip("/").partition("?")[0]
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            state.calls.append(path)
+            state.bodies.append(json.loads(body or "null"))
+            known = state.answers.get(path, (200, {}))
+            if isinstance(known, list):
+                known = known.pop(0) if len(known) > 1 else known[0]
+            status, said = known
+            if status == "hang":
+                time.sleep(said)
+                status, said = 200, {}
+            text = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+
+
+def engine_at(url, version=3, timeout=5.0):
+    engine = VLLMEngine([VLLMServer(NEEDS, url, timeout=timeout)], None, torch.float32)
+    engine.version = version
+    return engine
+
+
+def ask(engine, num_samples=1):
+    return engine.generate([PROMPT], [(0, 1)], num_samples, [8], 1.0, [2])
+
+
+def test_every_sampling_setting_is_given(scripted):
+    scripted.answers["inference/v1/generate"] = (200, {"choices": [choice()]})
+    [[rollout]] = ask(engine_at(scripted.url))
+    assert (rollout.ids, rollout.logps, rollout.is_finished) == ([5, 2], [-0.5, -0.25], True)
+    params = scripted.bodies[0]["sampling_params"]
+    neutral = {
+        "top_p": 1,
+        "top_k": 0,
+        "min_p": 0,
+        "repetition_penalty": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+    }
+    assert (
+        params.items()
+        >= {**neutral, "temperature": 1, "max_tokens": 8, "stop_token_ids": [2], "logprobs": 0}.items()
+    )
+
+
+def test_samples_and_prompts_have_seeds_of_their_own(scripted):
+    scripted.answers["inference/v1/generate"] = (200, {"choices": [choice()]})
+    engine = engine_at(scripted.url)
+    engine.generate([PROMPT] * 3, [(0, 1), (0, 2), (0, 1)], 1, [8] * 3, 1.0, [2])
+    seeds = [body["sampling_params"]["seed"] for body in scripted.bodies]
+    assert len(set(seeds)) == 2, seeds
+
+
+def test_a_server_error_is_asked_again(scripted):
+    scripted.answers["inference/v1/generate"] = [(503, {}), (200, {"choices": [choice()]})]
+    assert ask(engine_at(scripted.url))[0][0].ids == [5, 2]
+    assert len(scripted.calls) == 2
+
+
+def test_a_refused_prompt_is_not_asked_again(scripted):
+    scripted.answers["inference/v1/generate"] = (400, {"error": "longer than max_model_len"})
+    with pytest.raises(UserError, match=r"400.*longer than max_model_len") as caught:
+        ask(engine_at(scripted.url))
+    assert not isinstance(caught.value, EngineError)
+    assert len(scripted.calls) == 1
+
+
+def test_a_dead_server_is_an_error_at_the_deadline():
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="does not generate"):
+        ask(engine_at("http://127.0.0.1:9", timeout=1.0))
+    assert time.monotonic() - began < 4
+
+
+def test_a_silent_server_is_an_error_at_the_deadline(scripted):
+    scripted.answers["inference/v1/generate"] = ("hang", 20)
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="ReadTimeout"):
+        ask(engine_at(scripted.url, timeout=1.0))
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("version", "reason", "message"),
+    [("default", "stop", "has weights default, not 3"), ("3", "abort", "abort")],
+)
+def test_old_weights_and_aborted_samples_are_errors(scripted, version, reason, message):
+    scripted.answers["inference/v1/generate"] = (200, {"choices": [choice(version, reason)]})
+    with pytest.raises(EngineError, match=message):
+        ask(engine_at(scripted.url))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("model_config", "logprobs_mode", "raw_logprobs", "--logprobs-mode is raw_logprobs"),
+        ("model_config", "dtype", "torch.bfloat16", "--dtype is bfloat16, not float32"),
+        ("model_config", "max_model_len", 128, "--max-model-len is 128, below 512"),
+        (None, "weight_transfer_config", None, "--weight-transfer-config is None, not gloo"),
+        ("scheduler_config", "enable_chunked_prefill", True, "--no-enable-chunked-prefill is missing"),
+    ],
+)
+def test_wrong_server_flags_are_named_with_the_right_command(scripted, section, key, value, message):
+    config = json.loads(json.dumps(CONFIG))
+    (config[section] if section else config)[key] = value
+    scripted.answers = {
+        "server_info": (200, {"vllm_config": config}),
+        "weight_info": (200, {"weight_version": "default"}),
+    }
+    with pytest.raises(UserError) as caught:
+        VLLMServer(NEEDS, scripted.url).check()
+    assert message in str(caught.value)
+    assert NEEDS.shell() in str(caught.value)
+
+
+def test_servers_without_the_routes_are_refused(scripted):
+    scripted.answers["server_info"] = (404, {})
+    with pytest.raises(UserError, match="needs VLLM_SERVER_DEV_MODE=1"):
+        VLLMServer(NEEDS, scripted.url).check()
+    scripted.answers = {"server_info": (200, {"vllm_config": CONFIG}), "inference/v1/generate": (403, {})}
+    with pytest.raises(UserError, match="needs --enable-scale-out"):
+        VLLMServer(NEEDS, scripted.url).check()
+
+
+def test_a_fitting_server_passes(scripted):
+    scripted.answers = {
+        "server_info": (200, {"vllm_config": CONFIG}),
+        "weight_info": (200, {"weight_version": "default"}),
+    }
+    server = VLLMServer(NEEDS, scripted.url)
+    server.check()
+    assert server.version == "default"
+
+
+def test_a_server_that_is_not_there_is_waited_for_in_vain():
+    with pytest.raises(EngineError, match=r"waited 1 s. Start it with\nVLLM_SERVER_DEV_MODE=1"):
+        VLLMServer(NEEDS, "http://127.0.0.1:9", timeout=1.0).wait()
+
+
+def test_side_by_side_ends_at_the_first_failure_and_at_the_deadline():
+    def fail():
+        raise RuntimeError("no such backend")
+
+    began = time.monotonic()
+    with pytest.raises(EngineError, match="no such backend"):
+        side_by_side(began + 30, lambda: time.sleep(20), fail)
+    with pytest.raises(EngineError, match="not done in time"):
+        side_by_side(time.monotonic() + 0.2, lambda: time.sleep(20))
+    assert time.monotonic() - began < 5
+    assert side_by_side(time.monotonic() + 5, lambda: 1, lambda: 2) == [1, 2]
+
+
+# ---- vLLM's own transfers, against the script ------------------------------------------------------------------------
+
+UPDATE = ["start_weight_update", "update_weights", "finish_weight_update"]
+AFTER = ["update_weight_version", "reset_prefix_cache", "resume", "weight_info"]
+
+
+def transfer(scripted, transport, **server):
+    """Send two tensors twice -> paths in the order in which the server was asked for them."""
+    scripted.answers["get_world_size"] = (200, {"world_size": 2})
+    scripted.answers["weight_info"] = [(200, {"weight_version": "1"}), (200, {"weight_version": "2"})]
+    server = VLLMServer(replace(NEEDS, transport=transport), scripted.url, timeout=20.0, **server)
+    for version in (1, 2):
+        server.load_weights({"a": torch.ones(2, 3), "b": torch.zeros(4)}, version)
+    return scripted.calls
+
+
+@needs_vllm
+def test_nccl_calls_come_in_order(scripted, monkeypatch):
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    sent = []
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: sent.append(info.world_size))
+    monkeypatch.setattr(
+        nccl_engine.NCCLTrainerWeightTransferEngine,
+        "_broadcast",
+        lambda self, source, meta: sent.append([name for name, _ in self._checked_iter(source, meta)]),
+    )
+    once = ["get_world_size", "init_weight_transfer_engine"]
+    assert transfer(scripted, "nccl") == ["pause", *once, *UPDATE, *AFTER, "pause", *UPDATE, *AFTER]
+    assert sent == [3, ["a", "b"], ["a", "b"]]
+    update = scripted.bodies[scripted.calls.index("update_weights")]["update_info"]
+    assert (update["names"], update["shapes"]) == (["a", "b"], [[2, 3], [4]])
+
+
+@needs_vllm
+def test_ipc_calls_come_in_order(scripted, monkeypatch):
+    from vllm.distributed.weight_transfer import ipc_engine
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    monkeypatch.setattr(ipc_engine, "reduce_tensor", lambda weight: (None, ("handle", tuple(weight.shape))))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="GPU-0"))
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: None)
+    calls = transfer(scripted, "ipc")
+    assert calls == ["pause", "init_weight_transfer_engine", *UPDATE, *AFTER, "pause", *UPDATE, *AFTER]
+
+
+def test_a_started_gpu_server_sleeps_while_the_trainer_works(scripted):
+    server = VLLMServer(replace(NEEDS, transport="ipc"), scripted.url)
+    engine = VLLMEngine([server], None, torch.float32)
+    engine.wake(), engine.sleep(), engine.sleep(), engine.wake(), engine.wake()
+    assert scripted.calls == ["sleep", "wake_up"]
+    VLLMEngine([VLLMServer(NEEDS, scripted.url)], None, torch.float32).sleep()
+    assert len(scripted.calls) == 2, "a server with memory of its own never sleeps"
+
+
+# ---- A real server ---------------------------------------------------------------------------------------------------
+
+
+def serve(tmp_path, needs=NEEDS, timeout=180.0):
+    server = VLLMServer(needs, log_path=tmp_path / "vllm.log", timeout=timeout)
+    server.wait()
+    return server
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    if not find_spec("vllm"):
+        pytest.skip("needs vLLM: the README's section on tests says how")
+    server = serve(tmp_path_factory.mktemp("vllm"))
+    yield server
+    server.stop()
+
+
+def policy_like(path, scale=0.0, seed=0):
+    """The model at `path`, its weights moved by noise of their own size times `scale`."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += scale * weight.std().nan_to_num(0) * torch.randn_like(weight)
+    return model
+
+
+@torch.no_grad()
+def trainer_logps(model, rollout, temperature=1.0):
+    ids = torch.tensor([rollout.prompt_ids + rollout.ids])
+    logps = (model(ids).logits[0, :-1] / temperature).log_softmax(-1)
+    return logps.gather(1, ids[0, 1:, None]).flatten()[-len(rollout.ids) :]
+
+
+@needs_vllm
+@pytest.mark.slow
+class TestRealServer:
+    def test_it_passes_its_own_check(self, real):
+        real.check()
+
+    def test_too_long_a_context_is_refused(self, real):
+        with pytest.raises(UserError, match="--max-model-len is 512, below 4096"):
+            VLLMServer(replace(NEEDS, max_length=4096), real.url).check()
+
+    @pytest.mark.parametrize("temperature", [1.0, 0.7])
+    def test_its_logps_are_the_trainers(self, real, temperature):
+        model = policy_like(ASSETS / "model", scale=0.02)
+        engine = VLLMEngine([real], model, torch.float32)
+        engine.load_weights(model.named_parameters(), 1)
+        groups = engine.generate([PROMPT] * 4, [(0, i) for i in range(4)], 4, [12] * 4, temperature, [2])
+        for rollout in [rollout for group in groups for rollout in group]:
+            assert rollout.is_finished == (rollout.ids[-1] == 2)
+            np.testing.assert_allclose(rollout.logps, trainer_logps(model, rollout, temperature), atol=2e-5)
+
+    def test_a_seed_draws_the_same_again(self, real):
+        engine = VLLMEngine([real], policy_like(ASSETS / "model"), torch.float32)
+        engine.load_weights(engine.model.named_parameters(), 2)
+        once, again = (
+            engine.generate([PROMPT] * 8, [(5, i) for i in range(8)], 4, [12] * 8, 2.0, [2]) for _ in range(2)
+        )
+        assert [[r.ids for r in group] for group in once] == [[r.ids for r in group] for group in again]
+        assert len({tuple(r.ids) for group in once for r in group}) > 8, "samples differ from each other"
+
+    def test_many_prompts_at_once(self, real):
+        """More than a batch of vLLM's holds; with seeds, its CPU worker does not survive prompts cut in two."""
+        engine = VLLMEngine([real], policy_like(ASSETS / "model"), torch.float32)
+        engine.load_weights(engine.model.named_parameters(), 3)
+        groups = engine.generate([PROMPT * 10] * 128, [(i,) for i in range(128)], 2, [4] * 128, 1.0, [2])
+        assert sum(map(len, groups)) == 256
+
+    def test_new_weights_reach_a_request_in_flight(self, real):
+        """Its tokens say which weights they come from, and have the log-probs that those give."""
+        before, after = policy_like(ASSETS / "model"), policy_like(ASSETS / "model", scale=0.05)
+        engine = VLLMEngine([real], before, torch.float32)
+        engine.load_weights(before.named_parameters(), 10)
+        answers = []
+        params = {"n": 1, "temperature": 1.0, "logprobs": 0, "max_tokens": 400, "seed": 1, "ignore_eos": True}
+
+        def long_request():
+            answers.append(
+                real.request(
+                    "POST", "inference/v1/generate", json={"token_ids": PROMPT, "sampling_params": params}
+                )
+            )
+
+        thread = threading.Thread(target=long_request)
+        thread.start()
+        time.sleep(0.3)
+        engine.model = after
+        engine.load_weights(after.named_parameters(), 11)
+        thread.join(60)
+        [found] = answers[0]["choices"]
+        spans = [(span["version"], span["start"], span["end"]) for span in found["weight_versions"]]
+        assert [version for version, _, _ in spans] == ["10", "11"], spans
+        logps = np.array([token["logprob"] for token in found["logprobs"]["content"]])
+        rollout = common.Rollout(PROMPT, found["token_ids"], [], False)
+        for model, (_, begin, end) in zip((before, after), spans, strict=True):
+            expected = trainer_logps(model, rollout)[begin:end]
+            np.testing.assert_allclose(logps[begin:end], expected, atol=2e-4)
+
+    def test_another_architecture_cannot_be_sent(self, real):
+        teacher = policy_like(ASSETS / "teacher")
+        engine = VLLMEngine([VLLMServer(NEEDS, real.url, timeout=30.0)], teacher, torch.float32)
+        with pytest.raises(EngineError, match=r"weight transfer|answers"):
+            engine.load_weights(teacher.named_parameters(), 20)
+        real.request("POST", "resume")
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_untied_weights_and_a_server_killed_while_it_gets_them(tmp_path, monkeypatch):
+    """The run ends its wait at once, starts the server again and sends everything again."""
+    model = policy_like(ASSETS / "model")
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 1.1)
+    path = tmp_path / "untied"
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_bytes((ASSETS / "model" / "tokenizer.json").read_bytes())
+    (path / "tokenizer_config.json").write_bytes((ASSETS / "model" / "tokenizer_config.json").read_bytes())
+    server = serve(tmp_path, replace(NEEDS, model=str(path)))
+    try:
+        model = policy_like(path, scale=0.02)
+        engine = VLLMEngine([server], model, torch.float32)
+        engine.load_weights(model.named_parameters(), 1)
+        [[rollout]] = engine.generate([PROMPT], [(1,)], 1, [12], 1.0, [2])
+        np.testing.assert_allclose(rollout.logps, trainer_logps(model, rollout), atol=2e-5)
+
+        began, request = time.monotonic(), server.request
+
+        def kill_at_update(method, route, **kwargs):
+            if route == "update_weights":
+                os.killpg(server.process.pid, signal.SIGKILL)
+            return request(method, route, **kwargs)
+
+        monkeypatch.setattr(server, "request", kill_at_update)
+        with pytest.raises(EngineError, match="weight transfer"):
+            engine.load_weights(model.named_parameters(), 2)
+        assert time.monotonic() - began < 30
+        monkeypatch.setattr(server, "request", request)
+        engine.recover()
+        assert engine.version is None
+        engine.load_weights(model.named_parameters(), 2)
+        [[again]] = engine.generate([PROMPT], [(1,)], 1, [12], 1.0, [2])
+        assert again.ids == rollout.ids
+    finally:
+        server.stop()
+
+
+# ---- The script ------------------------------------------------------------------------------------------------------
+
+FLAGS = [
+    "--engine",
+    "vllm",
+    "--batch-size",
+    "32",
+    "--num-generations",
+    "4",
+    "--wandb",
+    "disabled",
+    "--eval-every",
+    "0",
+]
+
+
+def server_processes(log_path=""):
+    """Ids of processes that serve with vLLM and write to a log below `log_path`."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and str(log_path) in os.readlink(f"/proc/{entry}/fd/1"):
+                found.append(int(entry))
+        except OSError:
+            continue
+    return found
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_run_survives_its_servers_death_and_takes_it_along(tmp_path):
+    """Killed in the midst of generation, the server is started again; killed itself, the run leaves no server."""
+    out = tmp_path / "run"
+    process = start("grpo.py", *FLAGS, "--max-steps", "2000", "--output-dir", out)
+    try:
+        wait_for_step(process, out, 3, timeout=240)
+        servers = server_processes(out)
+        assert servers
+        for pid in servers:
+            os.kill(pid, signal.SIGKILL)
+        wait_for_step(process, out, 12, timeout=240)
+    finally:
+        kill(process, out)
+    assert [row["step"] for row in read_metrics(out)][:12] == [0, *range(1, 12)]
+    deadline = time.monotonic() + 40
+    while server_processes(out) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not server_processes(out)
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_given_server_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
+    """The run is resumed when it is there again. LoRA: the server gets W + delta."""
+    out = tmp_path / "run"
+    server = serve(tmp_path)
+    flags = [
+        *FLAGS,
+        "--vllm-url",
+        server.url,
+        "--vllm-timeout",
+        "20",
+        "--lora-rank",
+        "8",
+        "--learning-rate",
+        "1e-3",
+    ]
+    flags += ["--max-steps", "30", "--output-dir", out, "--max-length", "512"]
+    process = start("grpo.py", *flags)
+    wait_for_step(process, out, 3, timeout=240)
+    server.kill()
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "mend it, then --resume" in output
+    assert "Traceback" not in output
+    steps = [row["step"] for row in read_metrics(out)]
+    server.launch()
+    try:
+        server.wait()
+        done = run("grpo.py", *flags, "--resume", timeout=300)
+    finally:
+        server.stop()
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(out)
+    assert f"resuming after step {steps[-1]}" in done.stdout
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 31))
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows if "loss" in row) < 1e-3
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_a_server_with_another_model_is_refused(tmp_path):
+    model = policy_like(ASSETS / "model", scale=0.5)
+    model.save_pretrained(tmp_path / "other")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / name).write_bytes((ASSETS / "model" / name).read_bytes())
+    server = serve(tmp_path, replace(NEEDS, model=str(tmp_path / "other")))
+    try:
+        flags = [*FLAGS, "--vllm-url", server.url, "--max-length", "512", "--max-steps", "2"]
+        done = run("grpo.py", *flags, "--output-dir", tmp_path / "run")
+    finally:
+        server.stop()
+    assert done.returncode == 1
+    assert "do not agree on the log-probs" in done.stderr
+    assert "does it serve" in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_two_ranks_have_a_server_each(tmp_path):
+    done = run("grpo.py", *FLAGS, "--max-steps", "3", "--output-dir", tmp_path / "run", ranks=2, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").glob("vllm-*.log")} == {"vllm-0.log", "vllm-1.log"}
+    assert not server_processes(tmp_path)
