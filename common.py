@@ -1428,8 +1428,7 @@ def load_reward(name):
 
 def serve_rewards(pipe, names):
     """The worker process: answers (index of a reward, arguments) with ("ok", values) or what went wrong."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # sent to the group: the trainer decides when to end
-        signal.signal(number, signal.SIG_IGN)
+    os.setsid()  # signals to the trainer's group are the trainer's to handle
     try:
         rewards = [load_reward(name) for name in names]
     except UserError as error:
