@@ -1387,14 +1387,12 @@ REWARDS = {"accuracy": accuracy, "choice": choice, "format": think_format}
 ANSWER = re.compile(r"(?is).*\banswer\b[^.:=\n]{0,40}?(?:\bis\b|[:=])[\s:=*]*(.+?)(?:\.(?=[\s*]|$)|\n|$)")
 EDGES = re.compile(r"^(?:\s|\*\*|\\?\$|\\[(\[])+|(?:\s|\*\*|\\?\$|\\[)\]]|\.)+$")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}|/\d+)?", re.IGNORECASE)
-ARITHMETIC = re.compile(
-    r"[\d)}\]]\s*(?:[-+*/]|\\times|\\cdot|\\div|\(\s*\d|\s\d)"
-)  # 12 + 30, (12)(30), 12 30
+# Left to do: 12 + 30, (12)(30), 12 30
+ARITHMETIC = re.compile(r"[\d)}\]]\s*(?:[-+*/]|\\times|\\cdot|\\div|\(\s*\d|\s\d)")
 WORDS = re.compile(r"(?=.*[a-z]{3})[a-z ,;'-]+", re.IGNORECASE)
+LONGEST_ANSWER = 300  # characters; what is longer is only compared as text
 PLAIN_MATHS = (LatexExtractionConfig(boxed_match_priority=0),)
-logging.getLogger("math_verify").setLevel(
-    logging.ERROR
-)  # it warns of disabled timeouts; ours is the process's
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are disabled
 
 
 def answers_agree(said, gold, percent=False):
@@ -1406,19 +1404,18 @@ def answers_agree(said, gold, percent=False):
     """
     said, gold = final_answer(said), final_answer(gold)
     is_percent = [re.search(r"%|per ?cent", text) is not None for text in (said, gold)]
-    said, gold = (re.sub(r"\s*(?:\\?%|per ?cent)", "", text) for text in (said, gold))
     if not said or (is_percent[0] != is_percent[1] and not percent):
         return False
-    if (right := as_number(gold)) is not None:
-        said = re.sub(r"(?s)^(?:.*[^<>!])?=\s*", "", said)  # x = 42
+    said, gold = (re.sub(r"\s?(?:\\?%|per ?cent)", "", text) for text in (said, gold))
+    if (right := as_number(gold)) is not None and len(said) <= LONGEST_ANSWER:
+        said = re.sub(r"^(?:.*[^<>!])?=\s*", "", said)  # x = 42
         if (found := as_number(said)) is not None:
-            scale = Fraction(100) ** (is_percent[1] - is_percent[0])
-            return found in (right, right * scale)
+            return found in (right, right * Fraction(100) ** (is_percent[0] - is_percent[1]))
         if ARITHMETIC.search(said):
             return False
-    if " ".join(said.split()).casefold() == " ".join(gold.split()).casefold():
+    if said.casefold() == gold.casefold():
         return True
-    if WORDS.fullmatch(said) or WORDS.fullmatch(gold) or len(said) > 300:
+    if WORDS.fullmatch(said) or WORDS.fullmatch(gold) or max(len(said), len(gold)) > LONGEST_ANSWER:
         return False
     brackets = [re.match(r"\\?([(\[{])(?=.*,.*[)\]}]$)", text) for text in (said, gold)]
     if all(brackets) and brackets[0][1] != brackets[1][1]:  # a set is no tuple
@@ -1445,6 +1442,9 @@ def final_answer(text):
         text = text.rpartition("####")[2]
     elif match := ANSWER.match(text):
         text = match[1]
+    text = " ".join(text.split())
+    if len(text) > LONGEST_ANSWER:
+        return text
     text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
     text = re.sub(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]", "", text)
@@ -1519,6 +1519,8 @@ def need_limit(longest):
 
 def regex(pattern, _):
     """regex:PATTERN is 1 where the whole completion matches (re.DOTALL), else 0."""
+    if not pattern:
+        raise UserError("regex needs a pattern: regex:PATTERN")
     try:
         pattern = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -1644,8 +1646,9 @@ def load_scorer(path, device):
         adapter = json.loads(adapter.read_text()) if adapter.is_file() else {}
         config = AutoConfig.from_pretrained(adapter.get("base_model_name_or_path", path))
         kind = adapter.get("task_type") or ", ".join(config.architectures or ())
-        if not adapter and config.num_labels != 1 or not re.search("SequenceClassification|SEQ_CLS", kind):
-            raise UserError(f"it is {kind} with {config.num_labels} labels; a reward model has one")
+        labels = 1 if adapter else config.num_labels
+        if labels != 1 or not re.search("SequenceClassification|SEQ_CLS", kind):
+            raise UserError(f"it is {kind} with {labels} labels; a reward model scores with one")
         load = functools.partial(
             AutoModelForSequenceClassification.from_pretrained,
             path,
