@@ -11,7 +11,6 @@ UserError marks a user's mistake: scripts print its message alone. Every other e
 """
 
 import asyncio
-import contextlib
 import csv
 import functools
 import hashlib
@@ -1359,17 +1358,19 @@ def accuracy(completions, answer=None, solution=None, percent=None, **_):
     """1 where the completion's final answer equals the column `answer` or `solution`, else 0; None where the
     row has neither. Where the column `percent` is true, 42% is also 42 and 0.42."""
     golds, percent = golds_of(completions, answer, solution), percent or [False] * len(completions)
-    rows = zip(completions, golds, percent, strict=True)
     return [
-        None if gold is None else float(answers_agree(text_of(said), str(gold), p)) for said, gold, p in rows
+        None if gold is None else float(answers_agree(text_of(said), str(gold), flag is True))
+        for said, gold, flag in zip(completions, golds, percent, strict=True)
     ]
 
 
 def choice(completions, answer=None, solution=None, **_):
     """1 where the last letter from A to E that the completion states is the row's answer, else 0."""
-    golds = golds_of(completions, answer, solution)
-    pairs = [(said, gold and final_choice(str(gold))) for said, gold in zip(completions, golds, strict=True)]
-    return [None if gold is None else float(final_choice(text_of(said)) == gold) for said, gold in pairs]
+    letters = [final_choice(text_of(said)) for said in completions]
+    return [
+        None if gold is None else float(letter != "" and letter == final_choice(str(gold)))
+        for letter, gold in zip(letters, golds_of(completions, answer, solution), strict=True)
+    ]
 
 
 def think_format(completions, **_):
@@ -1431,17 +1432,16 @@ def read_maths(text):
 
 
 def final_answer(text):
-    r"""After the thinking: what stands in the last \boxed{}; else after the last ####; else after the last
-    "answer is" or "answer:", to the end of its sentence; else all. Without $, \text{} and a final point."""
+    r"""After the thinking: what stands in the last \boxed{}; else what follows the last ####, or all, or the
+    last "answer is" or "answer:" in it, to the end of that sentence. Without $, \text{} and a final point."""
     text = text.rpartition("</think>")[2]
     if (start := text.rfind(r"\boxed{")) >= 0:
         depths = itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text[start + 6 :])
         length = next((place for place, depth in enumerate(depths) if depth == 0), 0)  # 0: it never ends
         text = text[start + 7 : start + 6 + length]
-    elif "####" in text:
+    else:
         text = text.rpartition("####")[2]
-    elif match := ANSWER.match(text):
-        text = match[1]
+        text = match[1] if (match := ANSWER.match(text)) else text
     text = " ".join(text.split())
     if len(text) > LONGEST_ANSWER:
         return text
@@ -1479,13 +1479,10 @@ def words_below_1000():
     ones = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
     ones = ["", *(ones + "seventeen eighteen nineteen").split()]
     tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-    names = ones + [f"{ten} {one}".strip() for ten in tens for one in ones[:10]]
-    hundreds = ["", *(f"{one} hundred " for one in ones[1:10])]
-    return {
-        (hundred + name).strip(): 100 * h + n
-        for h, hundred in enumerate(hundreds)
-        for n, name in enumerate(names)
-    }
+    below_100 = ones + [f"{ten} {one}".strip() for ten in tens for one in ones[:10]]
+    hundreds = ["", *(f"{one} hundred" for one in ones[1:10])]
+    names = [f"{hundred} {name}".strip() for hundred in hundreds for name in below_100]
+    return {name: number for number, name in enumerate(names)}
 
 
 def number_in_words(text):
@@ -1493,9 +1490,8 @@ def number_in_words(text):
     text = " ".join(re.sub(r"[\s,-]+|\band\b", " ", text.casefold()).split())
     if text == "zero":
         return Fraction(0)
-    sign, *parts = re.fullmatch(
-        r"(minus |negative )?(?:(.+) million ?)?(?:(.+) thousand ?)?(.*)", text
-    ).groups()
+    pattern = r"(minus |negative )?(?:(.+) million ?)?(?:(.+) thousand ?)?(.*)"
+    sign, *parts = re.fullmatch(pattern, text).groups()
     values = [words_below_1000().get(part or "") for part in parts]
     if None in values or not any(values):
         return None
@@ -1559,9 +1555,7 @@ def repetition(argument, _):
     n = whole_number(argument or "3", 1)
 
     def reward(completion_ids, **_):
-        grams = [
-            [tuple(ids[place : place + n]) for place in range(len(ids) - n + 1)] for ids in completion_ids
-        ]
+        grams = [list(zip(*(ids[shift:] for shift in range(n)), strict=False)) for ids in completion_ids]
         return [len(set(some)) / len(some) - 1 if some else 0.0 for some in grams]
 
     return reward
@@ -1601,10 +1595,16 @@ def reward_model(path, _):
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     device = device if torch.cuda.is_available() else torch.device("cpu")
-    tokenizer, model = load_tokenizer(path), load_scorer(path, device)
+    model, tokenizer = load_scorer(path, device), load_tokenizer(path)
     text = model.config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None) or sys.maxsize
     encode = functools.partial(encode_sft, tokenizer=tokenizer, max_length=limit, vocab_size=text.vocab_size)
+
+    def ids_of(prompt, completion, tools):
+        try:
+            return encode({"prompt": prompt, "completion": completion, "tools": tools})["input_ids"]
+        except UserError:  # an empty text
+            return []
 
     @torch.inference_mode()
     def scores(documents):
@@ -1612,7 +1612,7 @@ def reward_model(path, _):
         hidden_TD = model.base_model(**batch.inputs).last_hidden_state[0]
         return model.score(hidden_TD[batch.last_B].float()).float().squeeze(1).tolist()
 
-    probes = [[token % text.vocab_size for token in range(start, 2 * start)] for start in (7, 12)]
+    probes = [[token for token in range(start, 2 * start) if token != text.pad_token_id] for start in (7, 12)]
     with torch.inference_mode():
         own = [model(input_ids=torch.tensor([ids], device=device)).logits.item() for ids in probes]
     model.score.float()
@@ -1623,14 +1623,13 @@ def reward_model(path, _):
     alone = "longrope" in rope or "dynamic" in rope or not np.allclose(scores(probes), own, 0, tolerance)
 
     def reward(prompts, completions, tools=None, **_):
-        values, documents = np.full(len(completions), np.nan), {}
-        for place, row in enumerate(zip(prompts, completions, tools or [None] * len(prompts), strict=True)):
-            with contextlib.suppress(UserError):
-                if ids := encode(dict(zip(("prompt", "completion", "tools"), row, strict=True)))["input_ids"]:
-                    documents[place] = ids
-        lengths, places = [len(ids) for ids in documents.values()], list(documents)
-        plan = split_batch(lengths, 1, max(8192, *lengths), alone)[0] if lengths else []
-        for chosen in plan:
+        documents = list(map(ids_of, prompts, completions, tools or itertools.repeat(None)))
+        values, places = (
+            np.full(len(documents), np.nan),
+            [place for place, ids in enumerate(documents) if ids],
+        )
+        lengths = [len(documents[place]) for place in places]
+        for chosen in split_batch(lengths, 1, max(8192, *lengths), alone)[0] if places else []:
             some = [places[index] for index in chosen]
             values[some] = scores([documents[place] for place in some])
         return values

@@ -19,6 +19,7 @@ from trl.rewards import (
     think_format_reward,
 )
 
+import common
 import grpo
 import reward_model as rm
 from common import (
@@ -103,8 +104,8 @@ def test_answer_or_else_solution_or_none():
 
 
 def test_accuracy_equals_trls():
-    """On boxed answers, where rules of our own (arithmetic, exact decimals, sets and tuples) play no part."""
-    pool = ["2", "-7", r"\frac{2}{4}", r"\frac12", "0.5", r"\sqrt{8}", r"2\sqrt{2}", "x^2-1", "(x-1)(x+1)", r"\{1,2\}", r"\{2,1\}", "[0,1)",
+    """On boxed answers, where our own rules (arithmetic, decimals, tuples) play no part, nor \\frac12, which TRL cannot read."""
+    pool = ["2", "-7", r"\frac{2}{4}", "0.5", r"\sqrt{8}", r"2\sqrt{2}", "x^2-1", "(x-1)(x+1)", r"\{1,2\}", r"\{2,1\}", "[0,1)",
             r"(0,1]", r"\pi", r"\frac{\pi}{2}", "2x+3", "y=2x+3", "3+2i", r"\frac{x}{2}", r"\frac{1}{2}x"]  # fmt: skip
     pairs = [(said, gold) for said in pool for gold in pool]
     said, golds = (
@@ -138,14 +139,17 @@ def test_numbers():
         assert number_in_words(text) is None
 
 
+ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+
+
 def spelled(n, joint="-"):
     """By recursion, as one learns it."""
-    ones = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()  # fmt: skip
     if n < 20:
-        return ones[n]
+        return f"{ONES} eighteen nineteen".split()[n]
     if n < 100:
-        tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()[n // 10 - 2]
-        return tens + (joint + ones[n % 10] if n % 10 else "")
+        tens = TENS.split()[n // 10 - 2]
+        return tens + (joint + ONES.split()[n % 10] if n % 10 else "")
     size, name = next(
         (size, name) for size, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")) if n >= size
     )
@@ -160,13 +164,11 @@ def spelled(n, joint="-"):
     (r"\boxed{C}", "C"), (r"\boxed{\text{(C)}}", "C"), ("Answer: (C)", "C"), ("The answer is C.", "C"), ("C", "C"), ("(c)", "C"),
     ("C. Paris", "C"), ("C) A cat", "C"), ("**Answer:** C, not B", "C"), ("It could be A or B, but I take D", "D"),
     ("A, B, C, D, E \\boxed{B}", "B"), ("A careful look says (E)", "E"), ("#### B", "B"), ("<think>A</think>B", "B"),
-    ("", ""), ("none of them", ""), ("Cat", ""), ("F", ""), (r"\boxed{", ""), ("I'D say", ""),
+    ("#### Which one?\nAnswer: B", "B"), ("", ""), ("none of them", ""), ("Cat", ""), ("F", ""), (r"\boxed{", ""), ("I'D say", ""),
 ])  # fmt: skip
 def test_choice(said, letter):
-    assert choice([said] * 6, answer=["A", "(b)", "C.", r"\boxed{D}", "E", None]) == [
-        *[float(letter == x) for x in "ABCDE"],
-        None,
-    ]
+    golds = ["A", "(b)", "C.", r"\boxed{D}", "E", "none", None]
+    assert choice([said] * 7, answer=golds) == [*[float(letter == x) for x in "ABCDE"], 0, None]
 
 
 def test_format_equals_trls_and_wants_an_answer():
@@ -292,12 +294,15 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
         monkeypatch.setattr(
             AutoModelForSequenceClassification, "from_pretrained", lambda *a, **k: marked(load(*a, **k))
         )
+    packings, split = set(), common.split_batch
+    monkeypatch.setattr(common, "split_batch", lambda *args: packings.add(args[3]) or split(*args))
     reward = load_reward(f"reward-model:{path}")
     assert reward(prompts=prompts, completions=said, completion_ids=None, answer=None) == pytest.approx(
         expected, abs=1e-5
     )
     values = reward(prompts=["1+1=", "1+1=", "1 " * 5000], completions=["2", "", "2"])
     assert [math.isnan(value) for value in values] == [False, True, True]
+    assert packings == {rope is not None}
     assert np.isnan(reward(prompts=["1"], completions=[""])).all()
 
 
@@ -359,10 +364,8 @@ def test_what_a_worker_refuses():
             UserError, match=f"--rewards {name}: .* give RewardWorker a max_completion_length"
         ):
             RewardWorker([name], timeout=1.0)
-    three = "with 3 labels; a reward model scores with one"
-    with pytest.raises(UserError, match="neither FILE.py:FUNCTION"):
+    with pytest.raises(UserError, match=r"neither FILE\.py:FUNCTION"):
         RewardWorker(["accurate"], timeout=1.0)
-    assert three
 
 
 def test_reward_model_of_three_labels_and_adapter_without_score(tmp_path):
