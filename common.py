@@ -1389,7 +1389,7 @@ ANSWER = re.compile(r"(?is).*\banswer\b[^.:=\n]{0,40}?(?:\bis\b|[:=])[\s:=*]*(.+
 EDGES = re.compile(r"^(?:\s|\*\*|\\?\$|\\[(\[])+|(?:\s|\*\*|\\?\$|\\[)\]]|\.)+$")
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}|/\d+)?", re.IGNORECASE)
 # Left to do: 12 + 30, (12)(30), 12 30
-ARITHMETIC = re.compile(r"[\d)}\]]\s*(?:[-+*/]|\\times|\\cdot|\\div|\(\s*\d|\s\d)")
+ARITHMETIC = re.compile(r"[\d)}\]]\s*(?:[-+*]|\\times|\\cdot|\\div|\(\s*\d|\s\d)")
 WORDS = re.compile(r"(?=.*[a-z]{3})[a-z ,;'-]+", re.IGNORECASE)
 LONGEST_ANSWER = 300  # characters; what is longer is only compared as text
 PLAIN_MATHS = (LatexExtractionConfig(boxed_match_priority=0),)
