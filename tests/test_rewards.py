@@ -311,6 +311,7 @@ def marked(model):
     return model
 
 
+@pytest.mark.slow
 def test_reward_model_in_its_process(judge):
     path, model = judge
     worker = RewardWorker([f"reward-model:{path}"], timeout=60)
@@ -357,6 +358,7 @@ def test_rewards_that_do_not_exist_are_refused(bad_rewards, name, message):
         load_reward(name.format(bad_rewards), 64)
 
 
+@pytest.mark.slow
 def test_what_a_worker_refuses():
     """In its process, at the start."""
     for name in ("overlong:4", "cosine"):
@@ -427,6 +429,7 @@ def test_a_run_with_several_rewards(tmp_path):
     assert 0 < means["accuracy"] < 1
 
 
+@pytest.mark.slow
 def test_a_bomb_costs_one_sample_and_its_deadline():
     worker = RewardWorker(["accuracy"], timeout=2.0)
     try:
