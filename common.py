@@ -22,6 +22,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import operator
@@ -52,7 +53,13 @@ import torch.nn.functional as F
 import transformers
 from datasets import Features, List, Value
 from filelock import FileLock, Timeout
-from transformers import AttentionInterface, AttentionMaskInterface, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -1348,69 +1355,371 @@ def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None):
 
 def text_of(completion):
     """What was said: a completion is text, or messages whose last one counts."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
 
 
-def accuracy(completions, answer=None, solution=None, **_):
-    """1 where the completion's final answer is that of the column `answer` or `solution`, else 0; None where
-    the row has neither."""
-    golds = solution if answer is None else answer
-    if golds is None:
-        raise ValueError("the accuracy reward needs a column `answer` or `solution`")
-    pairs = zip(completions, golds, strict=True)
-    return [None if gold is None else float(answers_agree(text_of(said), str(gold))) for said, gold in pairs]
+def golds_of(completions, answer, solution):
+    """The right answer to each: the column `answer`, else `solution`, else None."""
+    nothing = [None] * len(completions)
+    pairs = zip(completions, answer or nothing, solution or nothing, strict=True)
+    return [second if first is None else first for _, first, second in pairs]
+
+
+def accuracy(completions, answer=None, solution=None, percent=None, **_):
+    """1 where the completion's final answer equals the column `answer` or `solution`, else 0; None where the
+    row has neither. Where the column `percent` is true, 42% is also 42 and 0.42."""
+    golds, percent = golds_of(completions, answer, solution), percent or [False] * len(completions)
+    return [
+        None if gold is None else float(answers_agree(text_of(said), str(gold), flag is True))
+        for said, gold, flag in zip(completions, golds, percent, strict=True)
+    ]
+
+
+def choice(completions, answer=None, solution=None, **_):
+    """1 where the last letter from A to E that the completion states is the row's answer, else 0."""
+    letters = [final_choice(text_of(said)) for said in completions]
+    return [
+        None if gold is None else float(letter != "" and letter == final_choice(str(gold)))
+        for letter, gold in zip(letters, golds_of(completions, answer, solution), strict=True)
+    ]
 
 
 def think_format(completions, **_):
-    """1 where all begins with one <think> block that is followed by an answer, else 0."""
+    """1 where all begins with one <think> block that is followed by an answer, else 0 (arXiv:2501.12948
+    section 2.2.2)."""
     pattern = re.compile(r"<think>(?!.*<think>).*?</think>\s*\S", re.DOTALL)
     return [float(bool(pattern.match(text_of(said)))) for said in completions]
 
 
-def answers_agree(said, gold):
-    """Whether a completion ends in the right answer, as a number where both are numbers."""
+REWARDS = {"accuracy": accuracy, "choice": choice, "format": think_format}
+
+
+# ---- What is the answer, and is it right? ------------------------------------------------------------------
+
+ANSWER = re.compile(r"(?is).*\banswer\b[^.:=\n]{0,40}?(?:\bis\b|[:=])[\s:=*]*(.+?)(?:\.(?=[\s*]|$)|\n|$)")
+EDGES = re.compile(r"^(?:\s|\*\*|\\?\$|\\[(\[])+|(?:\s|\*\*|\\?\$|\\[)\]]|\.)+$")
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}|/\d+)?", re.IGNORECASE)
+# Left to do: 12 + 30, (12)(30), 12 30
+ARITHMETIC = re.compile(r"[\d)}\]]\s*(?:[-+*]|\\times|\\cdot|\\div|\(\s*\d|\s\d)")
+WORDS = re.compile(r"(?=.*[a-z]{3})[a-z ,;'-]+", re.IGNORECASE)
+LONGEST_ANSWER = 300  # characters; what is longer is only compared as text
+
+
+def answers_agree(said, gold, percent=False):
+    """Whether a completion ends in the right answer: as numbers, exactly; else as text; else as mathematics
+    (sets, intervals, expressions) by math-verify, which rounds decimals to six places and drops units.
+
+    Only one answer counts, and arithmetic left to do is none: a policy that repeats "12 + 30" or lists
+    candidates wins nothing.
+    """
     said, gold = final_answer(said), final_answer(gold)
-    numbers = as_number(said), as_number(gold)
-    return numbers[0] == numbers[1] if None not in numbers else said.casefold() == gold.casefold()
+    is_percent = [re.search(r"%|per ?cent", text) is not None for text in (said, gold)]
+    if not said or (is_percent[0] != is_percent[1] and not percent):
+        return False
+    said, gold = (re.sub(r"\s?(?:\\?%|per ?cent)", "", text) for text in (said, gold))
+    if (right := as_number(gold)) is not None and len(said) <= LONGEST_ANSWER:
+        said = re.sub(r"^(?:.*[^<>!])?=\s*", "", said)  # x = 42
+        if (found := as_number(said)) is not None:
+            return found in (right, right * Fraction(100) ** (is_percent[0] - is_percent[1]))
+        if ARITHMETIC.search(said):
+            return False
+    if said.casefold() == gold.casefold():
+        return True
+    if WORDS.fullmatch(said) or WORDS.fullmatch(gold) or max(len(said), len(gold)) > LONGEST_ANSWER:
+        return False
+    brackets = [re.match(r"\\?([(\[{])(?=.*,.*[)\]}]$)", text) for text in (said, gold)]
+    if all(brackets) and brackets[0][1] != brackets[1][1]:  # a set is no tuple
+        return False
+    return same_maths(gold, said)
+
+
+@functools.lru_cache(maxsize=4096)  # a group often says the same
+def same_maths(gold, said):
+    """Whether two formulas are equal. Some take forever: this runs in a process with a deadline."""
+    import math_verify  # slow to import, and only needed here
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own timeouts are disabled
+    config = (math_verify.LatexExtractionConfig(boxed_match_priority=0),)
+    gold, said = (
+        math_verify.parse(rf"\boxed{{{text}}}", config, fallback_mode="no_fallback", parsing_timeout=None)
+        for text in (gold, said)
+    )
+    return math_verify.verify(gold, said, timeout_seconds=None)
 
 
 def final_answer(text):
-    r"""What follows the thinking, and in it what stands in the last \boxed{} or after ####, or all of it."""
+    r"""After the thinking: what stands in the last \boxed{}; else what follows the last ####, or all, or the
+    last "answer is" or "answer:" in it, to the end of that sentence. Without $, \text{} and a final point."""
     text = text.rpartition("</think>")[2]
     if (start := text.rfind(r"\boxed{")) >= 0:
-        depth = 0
-        for place in range(start + 6, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[place], 0)
-            if depth == 0:
-                return text[start + 7 : place].strip()
-    return text.rpartition("####")[2].strip()
+        depths = itertools.accumulate({"{": 1, "}": -1}.get(letter, 0) for letter in text[start + 6 :])
+        length = next((place for place, depth in enumerate(depths) if depth == 0), 0)  # 0: it never ends
+        text = text[start + 7 : start + 6 + length]
+    else:
+        text = text.rpartition("####")[2]
+        text = match[1] if (match := ANSWER.match(text)) else text
+    text = " ".join(text.split())
+    if len(text) > LONGEST_ANSWER:
+        return text
+    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
+    text = re.sub(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]", "", text)
+    return EDGES.sub("", text)
+
+
+def final_choice(text):
+    """The letter from A to E that an answer begins with, as in (C), "C. Paris"; else its last one; or ""."""
+    text = final_answer(text)
+    if match := re.match(r"\(?([A-Ea-e])(?:[).:,]|$)", text):
+        return match[1].upper()
+    letters = re.findall(r"(?<![\w\\'])[A-E](?![\w'])", text)
+    return letters[-1] if letters else ""
 
 
 def as_number(text):
-    """The value of a number in digits, with $, thousands separators, a final point or an exponent, or of a
-    fraction of two; None for anything else. Exact: 0.1 is 1/10."""
-    text = re.sub(r"^\\?\$|\\?\$$|\.$", "", text.strip()).strip()
-    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text)
-    text = re.sub(r"^\\d?frac\{([^{}]+)\}\{([^{}]+)\}$", r"\1/\2", text)
+    r"""The exact value (0.1 is 1/10) of a number in digits, with thousands separators, an exponent or
+    \times 10^n, of a fraction of two, or of a whole number in words; None for anything else."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text.strip())
+    text = re.sub(r"\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*\{?(-?\d{1,3})\}?$", r"e\1", text)
+    text = re.sub(r"^(-?)\\[dt]?frac\s*(\d|\{\d+\})\s*(\d|\{\d+\})$", r"\1\2/\3", text)
+    text = re.sub(r"\s*/\s*", "/", re.sub(r"[{}]", "", text) if "/" in text else text)
     try:
-        return Fraction(re.sub(r"\s*/\s*", "/", text))
-    except (ValueError, ZeroDivisionError):
+        return Fraction(text) if NUMBER.fullmatch(text) else number_in_words(text)
+    except (ValueError, ZeroDivisionError):  # ValueError: thousands of digits
         return None
 
 
-REWARDS = {"accuracy": accuracy, "think-format": think_format}
+@functools.cache
+def words_below_1000():
+    """{"": 0, "one": 1, ..., "forty two": 42, ..., "nine hundred ninety nine": 999}"""
+    ones = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    ones = ["", *(ones + "seventeen eighteen nineteen").split()]
+    tens = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+    below_100 = ones + [f"{ten} {one}".strip() for ten in tens for one in ones[:10]]
+    hundreds = ["", *(f"{one} hundred" for one in ones[1:10])]
+    names = [f"{hundred} {name}".strip() for hundred in hundreds for name in below_100]
+    return {name: number for number, name in enumerate(names)}
+
+
+def number_in_words(text):
+    """minus two million, three hundred and forty-two -> -2000342; None for what is no number in words."""
+    text = " ".join(re.sub(r"[\s,-]+|\band\b", " ", text.casefold()).split())
+    if text == "zero":
+        return Fraction(0)
+    pattern = r"(minus |negative )?(?:(.+) million ?)?(?:(.+) thousand ?)?(.*)"
+    sign, *parts = re.fullmatch(pattern, text).groups()
+    values = [words_below_1000().get(part or "") for part in parts]
+    if None in values or not any(values):
+        return None
+    return Fraction((-1 if sign else 1) * (values[0] * 1_000_000 + values[1] * 1000 + values[2]))
+
+
+# ---- NAME:ARGUMENT: functions of the argument and the longest completion -> a reward function --------------
+
+
+def whole_number(argument, least, most=math.inf):
+    if not argument.isdecimal() or not least <= int(argument) <= most:
+        raise UserError(f"{argument!r} is not a whole number from {least} to {most}")
+    return int(argument)
+
+
+def need_limit(longest):
+    if longest is None:
+        raise UserError("it needs to know the longest completion: give RewardWorker a max_completion_length")
+    return longest
+
+
+def regex(pattern, _):
+    """regex:PATTERN is 1 where the whole completion matches (re.DOTALL), else 0."""
+    if not pattern:
+        raise UserError("regex needs a pattern: regex:PATTERN")
+    try:
+        pattern = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise UserError(f"the pattern does not compile: {error}") from error
+    return lambda completions, **_: [float(bool(pattern.fullmatch(text_of(said)))) for said in completions]
+
+
+def cosine(argument, longest):
+    """Right answers from 1 (short) to 0.5 (long), wrong ones from -1 to -0.5: arXiv:2502.03373 appendix C.1,
+    with the defaults of TRL's get_cosine_scaled_reward. Where accuracy is None, None."""
+    if argument:
+        raise UserError("cosine takes no argument")
+    longest = need_limit(longest)
+
+    def reward(completions, completion_ids, **columns):
+        sizes = [0.75 + 0.25 * math.cos(math.pi * min(1, len(ids) / longest)) for ids in completion_ids]
+        pairs = zip(accuracy(completions, **columns), sizes, strict=True)
+        return [None if right is None else size if right else -size for right, size in pairs]
+
+    return reward
+
+
+def overlong(argument, longest):
+    """overlong:CACHE falls from 0 to -1 over the last CACHE tokens of the longest completion (DAPO's soft
+    overlong punishment, arXiv:2503.14476 eq. 13)."""
+    longest = need_limit(longest)
+    cache = whole_number(argument, 1, longest)
+    return lambda completion_ids, **_: [
+        max(-1.0, min(0.0, (longest - cache - len(ids)) / cache)) for ids in completion_ids
+    ]
+
+
+def repetition(argument, _):
+    """repetition:N is minus the share of n-grams of tokens that are repeats (arXiv:2502.03373 appendix C.2);
+    N is 3 if not given, as in TRL's get_repetition_penalty_reward."""
+    n = whole_number(argument or "3", 1)
+
+    def reward(completion_ids, **_):
+        grams = [list(zip(*(ids[shift:] for shift in range(n)), strict=False)) for ids in completion_ids]
+        return [len(set(some)) / len(some) - 1 if some else 0.0 for some in grams]
+
+    return reward
+
+
+def json_schema(path, _):
+    """json-schema:FILE is 1 where the completion, or its last ```json fence, is JSON that the schema allows
+    (json-schema.org), else 0."""
+    import jsonschema  # only needed here
+
+    try:
+        schema = json.loads(Path(path).read_text())
+        check = jsonschema.validators.validator_for(schema)
+        check.check_schema(schema)
+    except (OSError, ValueError, jsonschema.SchemaError) as error:
+        raise UserError(f"{path} is no JSON schema: {error}") from error
+
+    def is_valid(text):
+        fences = re.findall(r"```json\s*\n(.*?)```", text, re.DOTALL)
+        try:
+            value = json.loads(fences[-1] if fences else text, parse_constant=refuse_constant)
+        except (ValueError, RecursionError):
+            return False
+        return check(schema).is_valid(value)
+
+    return lambda completions, **_: [
+        float(is_valid(text_of(said).rpartition("</think>")[2])) for said in completions
+    ]
+
+
+def refuse_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def reward_model(path, _):
+    """reward-model:PATH is the score that a model with one label, such as reward_model.py's final/, gives to
+    prompt and completion, encoded as by its --score (encode_sft); NaN, a failure, for an empty text or one
+    beyond the model's context. Conversations share a row where that leaves their scores as they are alone.
+    """
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = device if torch.cuda.is_available() else torch.device("cpu")
+    model, tokenizer = load_scorer(path, device), load_tokenizer(path)
+    text = model.config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None) or sys.maxsize
+    encode = functools.partial(encode_sft, tokenizer=tokenizer, max_length=limit, vocab_size=text.vocab_size)
+
+    def ids_of(prompt, completion, tools):
+        try:
+            return encode({"prompt": prompt, "completion": completion, "tools": tools})["input_ids"]
+        except UserError:  # an empty text
+            return []
+
+    @torch.inference_mode()
+    def scores(documents):
+        batch = collate([(np.array(ids), np.zeros(len(ids), bool)) for ids in documents], device)
+        hidden_TD = model.base_model(**batch.inputs).last_hidden_state[0]
+        return model.score(hidden_TD[batch.last_B].float()).float().squeeze(1).tolist()
+
+    probes = [[token for token in range(start, 2 * start) if token != text.pad_token_id] for start in (7, 12)]
+    with torch.inference_mode():
+        own = [model(input_ids=torch.tensor([ids], device=device)).logits.item() for ids in probes]
+    model.score.float()
+    tolerance = 1e-3 if device.type == "cpu" else 0.2
+    if not np.allclose([scores([ids])[0] for ids in probes], own, 0, tolerance):
+        raise UserError(f"{path}: its score is not a linear layer on the last token's hidden state")
+    rope = str(getattr(text, "rope_parameters", ""))  # that of these two depends on the length of a row
+    alone = "longrope" in rope or "dynamic" in rope or not np.allclose(scores(probes), own, 0, tolerance)
+
+    def reward(prompts, completions, tools=None, **_):
+        documents = list(map(ids_of, prompts, completions, tools or itertools.repeat(None)))
+        values, places = (
+            np.full(len(documents), np.nan),
+            [place for place, ids in enumerate(documents) if ids],
+        )
+        lengths = [len(documents[place]) for place in places]
+        for chosen in split_batch(lengths, 1, max(8192, *lengths), alone)[0] if places else []:
+            some = [places[index] for index in chosen]
+            values[some] = scores([documents[place] for place in some])
+        return values
+
+    return reward
+
+
+def load_scorer(path, device):
+    """The sequence-classification model with one label at `path`, or with the adapter there; UserError where
+    there is none."""
+    try:
+        adapter = Path(path) / "adapter_config.json"
+        adapter = json.loads(adapter.read_text()) if adapter.is_file() else {}
+        config = AutoConfig.from_pretrained(adapter.get("base_model_name_or_path", path))
+        kind = adapter.get("task_type") or ", ".join(config.architectures or ())
+        labels = 1 if adapter else config.num_labels
+        if labels != 1 or not re.search("SequenceClassification|SEQ_CLS", kind):
+            raise UserError(f"it is {kind} with {labels} labels; a reward model scores with one")
+        load = functools.partial(
+            AutoModelForSequenceClassification.from_pretrained,
+            path,
+            num_labels=1,
+            dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
+        )
+        try:
+            model = load(attn_implementation="varlen")
+        except ValueError:  # an architecture that knows no attention but its own
+            model = load()
+    except Exception as error:  # hub, file and format errors alike
+        raise UserError(f"{path} cannot be loaded as a reward model: {error}") from error
+    return model.to(device).eval()
+
+
+FACTORIES = {
+    "cosine": cosine,
+    "json-schema": json_schema,
+    "overlong": overlong,
+    "regex": regex,
+    "repetition": repetition,
+    "reward-model": reward_model,
+}
+
+
+def check_reward_columns(names, rows):
+    """Raise UserError where a reward needs an answer and no row has one; rows: `columns` of encode_prompt."""
+    asking = [name for name in names if name in ("accuracy", "choice", "cosine")]
+    known = map(json.loads, rows)
+    if asking and not any(row.get(name) is not None for row in known for name in ("answer", "solution")):
+        found = sorted({name for row in rows for name in json.loads(row)})
+        raise UserError(
+            f"--rewards {asking[0]} needs a column `answer` or `solution`; besides `prompt` the data has "
+            f"{', '.join(found) or 'none'}"
+        )
 
 
 # ---- Running them in a process of their own ----------------------------------------------------------------
 
 
-def load_reward(name):
-    """A reward function of ours by its name, or of a user's by path/to/file.py:function."""
+def load_reward(name, max_completion_length=None):
+    """A reward function of ours by its name (and argument), or of a user's by path/to/file.py:function."""
     if name in REWARDS:
         return REWARDS[name]
+    kind, _, argument = name.partition(":")
+    if kind in FACTORIES:
+        try:
+            return FACTORIES[kind](argument, max_completion_length)
+        except UserError as error:
+            raise UserError(f"--rewards {name}: {error}") from error
     path, _, function = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
-        raise UserError(f"--rewards {name}: neither FILE.py:FUNCTION nor one of {', '.join(REWARDS)}")
+        known = ", ".join([*REWARDS, *FACTORIES])
+        raise UserError(f"--rewards {name}: neither FILE.py:FUNCTION nor one of {known}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -1426,11 +1735,11 @@ def load_reward(name):
     return reward
 
 
-def serve_rewards(pipe, names):
+def serve_rewards(pipe, names, max_completion_length):
     """The worker process: answers (index of a reward, arguments) with ("ok", values) or what went wrong."""
     os.setsid()  # signals to the trainer's group are the trainer's to handle
     try:
-        rewards = [load_reward(name) for name in names]
+        rewards = [load_reward(name, max_completion_length) for name in names]
     except UserError as error:
         return pipe.send(("refused", str(error)))
     pipe.send(("ok", None))
@@ -1459,15 +1768,17 @@ class RewardWorker:
     blame.
     """
 
-    def __init__(self, names, timeout):
+    def __init__(self, names, timeout, max_completion_length=None):
         """names: as in load_reward. timeout: seconds a call may take. Raises UserError for a bad name."""
         self.names, self.timeout, self.problem = names, timeout, ""  # what the newest exception said
+        self.max_completion_length = max_completion_length  # in tokens; what cosine and overlong measure by
         self.context = multiprocessing.get_context("forkserver")
         self.start()
 
     def start(self):
         self.pipe, theirs = self.context.Pipe()
-        self.process = self.context.Process(target=serve_rewards, args=(theirs, self.names), daemon=True)
+        arguments = theirs, self.names, self.max_completion_length
+        self.process = self.context.Process(target=serve_rewards, args=arguments, daemon=True)
         self.process.start()
         theirs.close()
         kind, problem = self.receive(deadline=300)

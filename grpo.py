@@ -81,6 +81,7 @@ from common import (
     UserError,
     VLLMEngine,
     VLLMServer,
+    check_reward_columns,
     collate,
     encode_prompt,
     load_tokenizer,
@@ -214,7 +215,8 @@ class Args:
 
     # --- rewards
     rewards: tuple[str, ...] = ("accuracy",)
-    """Names of ours (accuracy, think-format) or path/to/file.py:function; they are summed."""
+    """Ours (accuracy, choice, cosine, format, json-schema:FILE, overlong:TOKENS, regex:PATTERN, repetition,
+    reward-model:PATH) or path/to/file.py:function; they are summed."""
     reward_weights: tuple[float, ...] = ()
     """A weight for each of --rewards; 1 if not given."""
     reward_timeout: float = 30.0
@@ -1494,7 +1496,7 @@ def rollout_metrics(samples, reward_PG, args):
         "completions/mean_terminated_length": float(np.mean(finished)) if finished else 0.0,
     }
     for name, values_S in zip(args.rewards, rewards_SR.T, strict=True):
-        short, known_S = name.rpartition(":")[2], values_S[~np.isnan(values_S)]
+        short, known_S = name.rpartition(".py:")[2], values_S[~np.isnan(values_S)]
         metrics[f"rewards/{short}/mean"] = float(known_S.mean()) if len(known_S) else math.nan
         metrics[f"rewards/{short}/std"] = float(known_S.std()) if len(known_S) else math.nan
     return metrics
@@ -1633,6 +1635,8 @@ def main(args):
     data, report = prepare(args.dataset, split=args.dataset_split, seed=args.seed)
     if args.eval_dataset:
         eval_data, eval_report = prepare(args.eval_dataset, split=args.eval_split)
+    for rows in [data, eval_data] if args.eval_dataset else [data]:
+        check_reward_columns(args.rewards, rows["columns"])
     # Every step has S minibatches' worth of prompts; S steps make a pass over what was generated together.
     n = len(data)
     prompts_per_batch = args.batch_size // args.num_generations * args.steps_per_generation
@@ -1642,7 +1646,7 @@ def main(args):
     if args.warmup_steps >= total_steps:
         raise UserError(f"--warmup-steps {args.warmup_steps:g} leaves nothing of the {total_steps} steps")
     warmup_steps = int(args.warmup_steps if args.warmup_steps >= 1 else args.warmup_steps * total_steps)
-    worker = RewardWorker(args.rewards, args.reward_timeout)
+    worker = RewardWorker(args.rewards, args.reward_timeout, args.max_completion_length)
 
     # ---- Model, reference, engine and optimizer ----
     # --- shared: init ---

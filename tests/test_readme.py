@@ -71,7 +71,7 @@ def test_command_runs(tmp_path, command):
     elif " stdlib/" in command:
         run("python tests/assets/stdlib_conversations.py stdlib", tmp_path)
         run(command, tmp_path)
-    elif "--score" in command:
+    elif "runs/judge/final" in command:
         run("python reward_model.py --output-dir runs/judge", tmp_path)
         run(command, tmp_path)
     else:
