@@ -6,9 +6,13 @@ import shlex
 import subprocess
 import sys
 
+from importlib.util import find_spec
+
 import pytest
 from conftest import ASSETS, ROOT
 from sync_shared import SCRIPTS
+
+from common import ServerNeeds, VLLMServer
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
@@ -58,6 +62,13 @@ def run(command, directory):
     return result.stdout
 
 
+def test_the_server_is_started_as_the_scripts_would():
+    shown = re.search(r"^    (VLLM_SERVER_DEV_MODE=1 .*?)\n\n", README, re.S | re.M)[1]
+    needs = ServerNeeds("Qwen/Qwen3-0.6B", "bfloat16", 2048, "nccl")
+    words = [word for word in shlex.split(shown) if word != "\n"]
+    assert words == [word.replace("127.0.0.1", "0.0.0.0") for word in shlex.split(needs.shell())]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(tmp_path, command):
@@ -65,7 +76,16 @@ def test_command_runs(tmp_path, command):
     (tmp_path / "rewards.py").write_text(
         "def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
     )
-    if "--resume" in command:
+    if "--engine vllm" in command and not find_spec("vllm"):
+        pytest.skip("needs vLLM")
+    if "--vllm-url" in command:
+        needs = ServerNeeds(STAND_INS["Qwen/Qwen3-0.6B"], "float32", 2048, "gloo")
+        server = VLLMServer(needs, log_path=tmp_path / "vllm.log")
+        try:
+            run(command.replace("http://HOST:8000", server.url), tmp_path)
+        finally:
+            server.stop()
+    elif "--resume" in command:
         run(command.replace(" --resume", ""), tmp_path)
         assert "resuming after step 2" in run(command, tmp_path)
     elif " stdlib/" in command:

@@ -19,9 +19,7 @@ from transformers import AutoModelForCausalLM
 import common
 from common import EngineError, ServerNeeds, UserError, VLLMEngine, VLLMServer, side_by_side
 
-needs_vllm = pytest.mark.skipif(
-    not find_spec("vllm"), reason="needs vLLM: the README's section on tests says how"
-)
+needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: see the README's first lines")
 NEEDS = ServerNeeds(str(ASSETS / "model"), "float32", 512, "gloo")
 PROMPT = [1, 286, 201, 291, 274, 223, 20, 23, 13, 24, 18, 33, 2, 201, 1, 293, 201]  # "What is 25+60?"
 CONFIG = {
@@ -288,7 +286,7 @@ def serve(tmp_path, needs=NEEDS, timeout=180.0):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     if not find_spec("vllm"):
-        pytest.skip("needs vLLM: the README's section on tests says how")
+        pytest.skip("needs vLLM: see the README's first lines")
     server = serve(tmp_path_factory.mktemp("vllm"))
     yield server
     server.stop()
@@ -312,6 +310,7 @@ def trainer_logps(model, rollout, temperature=1.0):
 
 
 @needs_vllm
+@pytest.mark.vllm
 @pytest.mark.slow
 class TestRealServer:
     def test_it_passes_its_own_check(self, real):
@@ -386,6 +385,7 @@ class TestRealServer:
 
 
 @needs_vllm
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_untied_weights_and_a_server_killed_while_it_gets_them(tmp_path, monkeypatch):
     """The run ends its wait at once, starts the server again and sends everything again."""
@@ -454,6 +454,7 @@ def server_processes(log_path=""):
 
 
 @needs_vllm
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_a_run_survives_its_servers_death_and_takes_it_along(tmp_path):
     """Killed in the midst of generation, the server is started again; killed itself, the run leaves no server."""
@@ -476,6 +477,7 @@ def test_a_run_survives_its_servers_death_and_takes_it_along(tmp_path):
 
 
 @needs_vllm
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_a_given_server_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
     """The run is resumed when it is there again. LoRA: the server gets W + delta."""
@@ -515,6 +517,7 @@ def test_a_given_server_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
 
 
 @needs_vllm
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_a_server_with_another_model_is_refused(tmp_path):
     model = policy_like(ASSETS / "model", scale=0.5)
@@ -534,9 +537,23 @@ def test_a_server_with_another_model_is_refused(tmp_path):
 
 
 @needs_vllm
+@pytest.mark.vllm
 @pytest.mark.slow
 def test_two_ranks_have_a_server_each(tmp_path):
     done = run("grpo.py", *FLAGS, "--max-steps", "3", "--output-dir", tmp_path / "run", ranks=2, timeout=400)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "run").glob("vllm-*.log")} == {"vllm-0.log", "vllm-1.log"}
     assert not server_processes(tmp_path)
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.learn
+def test_default_run_learns_through_a_server(tmp_path):
+    done = run(
+        "grpo.py", "--engine", "vllm", "--output-dir", tmp_path / "run", "--wandb", "disabled", timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_metrics(tmp_path / "run") if "eval/reward" in row]
+    assert 0.45 < rows[0]["eval/reward"] < 0.55
+    assert rows[-1]["eval/reward"] >= 0.85
