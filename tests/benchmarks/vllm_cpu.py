@@ -1,0 +1,81 @@
+"""A vLLM server on a CPU beside the embedded engine, on the same work, and the time to send it weights by model size.
+
+    python tests/benchmarks/vllm_cpu.py
+
+Generation: 32 prompts of about 150 tokens x 8 completions of 64 tokens by harness.py's model of 26M parameters, medians of
+three after one that is not counted. Weights: medians of five for models of three sizes. Writes results/vllm_cpu.json.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import HERE, ROOT, make_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(ROOT))
+from common import HFEngine, ServerNeeds, VLLMEngine, VLLMServer
+
+PROMPTS, SAMPLES, NEW = 32, 8, 64
+
+
+def timed(function, repeats):
+    """Median seconds of a call, after one that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def make_larger(directory):
+    """112M parameters: twice as wide and deep as harness.py's."""
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(directory / "26M")
+    config.hidden_size, config.intermediate_size, config.num_hidden_layers = 768, 3072, 9
+    config.num_attention_heads = config.num_key_value_heads = 12
+    config.layer_types = None
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory / "large")
+    AutoTokenizer.from_pretrained(directory / "26M").save_pretrained(directory / "large")
+
+
+def main():
+    rng, rows = np.random.default_rng(0), {}
+    prompts = [rng.integers(10, 500, int(rng.integers(75, 225))).tolist() for _ in range(PROMPTS)]
+    with tempfile.TemporaryDirectory() as directory:
+        directory = Path(directory)
+        make_model(directory / "26M")
+        make_larger(directory)
+        for path in (ROOT / "tests" / "assets" / "model", directory / "26M", directory / "large"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.float32, attn_implementation="varlen"
+            )
+            size = sum(weight.numel() for weight in model.parameters()) / 1e6
+            server = VLLMServer(ServerNeeds(str(path), "float32", 1024, "gloo"), log_path=directory / "log")
+            try:
+                server.wait()
+                engine = VLLMEngine([server], model, torch.float32)
+                weights = dict(model.named_parameters()).items()
+                rows[f"send {size:.1f}M weights"] = timed(lambda: engine.load_weights(weights, 1), 5)
+                if path.name == "26M":
+                    hf = HFEngine(model)
+                    keys = [(number,) for number in range(PROMPTS)]
+                    work = prompts, keys, SAMPLES, [NEW] * PROMPTS, 1.0, []
+                    rows["generate, vllm"] = timed(lambda: engine.generate(*work), 3)
+                    rows["generate, hf"] = timed(lambda: hf.generate(*work), 3)
+            finally:
+                server.stop()
+    for name, seconds in rows.items():
+        print(f"| {name} | {seconds:.2f} s |")
+    record = {name: round(seconds, 3) for name, seconds in rows.items()}
+    (HERE / "results" / "vllm_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
