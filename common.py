@@ -1531,9 +1531,9 @@ class RewardWorker:
 # ---- Environments: tasks of several turns, with tools ------------------------------------------------------
 #
 # class Environment:                       as in TRL, whose environments with a get_reward run unchanged
-#     def reset(self, **row)               -> text that is added to the prompt's last message, or None; `seed` is
-#                                          the same for all samples of a prompt
-#     def any_name(self, x: int)           -> anything: a public method is a tool; types and docstring describe it
+#     def reset(self, **row)               -> text to add to the prompt's last message, or None; `seed` is the
+#                                          same for all samples of a prompt
+#     def any_name(self, x: int)           -> anything; a public method is a tool, described by its docstring
 #     def get_reward(self)                 -> float; optional, --rewards environment
 #     def close(self)                      optional
 #     done                                 optional: true once the episode is over
@@ -1813,19 +1813,16 @@ def tool_messages(calls, answers):
 
 
 def split_at_tools(template, messages, stop_ids):
-    """Tool messages -> the text of a short conversation up to their call's stop token, the id of that, and the
-    text from there to the model's next word. Raises UserError where the template has no such place."""
+    """Tool messages -> the text of a short conversation up to their call's stop token, the id of that, and
+    the text from there to the model's next word. Raises UserError where the template has no such place."""
     stops = {template.tokenizer.decode([token]): token for token in stop_ids}
     pattern, problem = "|".join(map(re.escape, stops)) or "(?!)", "it ends the turn by no stop token"
+    functions = [{"name": message["name"], "arguments": {}} for message in messages]
+    functions[-1]["arguments"] = {"x": PROBE}
     calls = [
-        {
-            "type": "function",
-            "id": message["tool_call_id"],
-            "function": {"name": message["name"], "arguments": {}},
-        }
-        for message in messages
+        {"type": "function", "id": message["tool_call_id"], "function": function}
+        for message, function in zip(messages, functions, strict=True)
     ]
-    calls[-1]["function"]["arguments"] = {"x": PROBE}
     # A template that does not know tool calls (or not several) still shows where a plain turn ends.
     for said in ({"content": "", "tool_calls": calls}, {"content": PROBE}):
         conversation = [{"role": "user", "content": "a"}, {"role": "assistant", **said}, *messages]
@@ -1838,8 +1835,8 @@ def split_at_tools(template, messages, stop_ids):
         if stop := re.compile(pattern).search(text, text.find(PROBE)) if PROBE in text else None:
             return text[: stop.end()], stops[stop.group()], text[stop.end() :]
     raise UserError(
-        f"the chat template has no place for a tool's result after a tool call ({problem}); give one that has "
-        "by --chat-template"
+        f"the chat template has no place for a tool's result after a call ({problem}); give one that has by "
+        "--chat-template"
     )
 
 
@@ -1862,17 +1859,16 @@ def check_tools(tokenizer, tools, stop_ids):
     header, _, _ = template.plain_answer
     if splits[0][:2] != splits[1][:2] or PROBE not in splits[1][2]:
         raise UserError(
-            "the chat template does not put a tool's result after the turn that called it; give one that does "
-            "by --chat-template"
+            "the chat template does not put a tool's result after the turn that called it; give one that "
+            "does by --chat-template"
         )
     written = splits[0][0]
     prefix, _, turn = written.rpartition(header) if header else ("", "", written)
-    if name in turn and [call.name for call in parse_calls(tokenizer, prefix + header, turn, tools)] != [
-        name
-    ]:
+    found = [call.name for call in parse_calls(tokenizer, prefix + header, turn, tools)]
+    if name in turn and found != [name]:
         raise UserError(
-            f"the chat template writes a tool call as {turn[:200]!r}, which is not read; the tokenizer needs a "
-            "`response_template`, or the template Hermes' form, <tool_call>{json}</tool_call>"
+            f"the chat template writes a tool call as {turn[:200]!r}, which is not read; the tokenizer needs "
+            "a `response_template`, or the template Hermes' form, <tool_call>{json}</tool_call>"
         )
 
 
@@ -1916,17 +1912,17 @@ class Episode:
 
 
 def play_episodes(
-    rows, keys, seeds, num_samples, temperature, stop_ids, engine, environment, tokenizer, limits
+    rows, keys, seeds, num_samples, temperature, stop_ids, *, engine, environment, tokenizer, limits
 ):
     """Play rows of PROMPT_FEATURES in an EnvironmentWorker -> [[Episode, ...] of num_samples for each row].
 
-    keys: as in HFEngine.generate. seeds: an int for each row. limits: (the most turns, tokens with the prompt,
-    tokens without), each of an episode. All episodes go on turn by turn, together.
+    keys: as in HFEngine.generate. seeds: an int for each row. limits: an episode's most turns, its most
+    tokens, and those without the prompt. All episodes go on together, turn by turn.
 
     What was sampled is never tokenized again: between two turns stand the template's own tokens for the
-    tools' messages, False in Rollout.mask. An episode ends with a turn without calls, or where the environment
-    is done. It is cut (not finished) by the limits; what tools say counts, and is left out where it leaves no
-    room for another token.
+    tools' messages, False in Rollout.mask. An episode ends with a turn without calls, or where the
+    environment is done. It is cut (not finished) by the limits; what tools say counts, and is left out where
+    it leaves no room for another token.
     """
     max_turns, *max_tokens = limits
     groups = begin_episodes(rows, keys, seeds, num_samples, environment, tokenizer, max_tokens)
@@ -1985,21 +1981,23 @@ def begin_episodes(rows, keys, seeds, num_samples, environment, tokenizer, max_t
         if kind != "ok":
             episode.fail(kind)
             continue
+        ids = episode.rollout.prompt_ids
         if said:
             last = {**episode.prompt[-1], "content": episode.prompt[-1]["content"] + said}
             episode.prompt = [*episode.prompt[:-1], last]
             text = episode.template.render(episode.prompt, generation_prompt=True)
-            episode.rollout.prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         max_length, max_completion_length = max_tokens
-        episode.limit = min(max_completion_length, max_length - len(episode.rollout.prompt_ids))
+        episode.limit = min(max_completion_length, max_length - len(ids))
         if episode.limit < 1:
-            episode.rollout.prompt_ids = row["input_ids"]
             episode.fail("prompt too long")
+        else:
+            episode.rollout.prompt_ids = ids
     return groups
 
 
 def write_turn(engine, groups, turn, temperature, stop_ids):
-    """Sample the next turn of the episodes that go on -> [(episode, the ids before it, it as a Rollout), ...].
+    """Sample the next turn of the episodes that go on -> [(episode, ids before the turn, Rollout of it), ...].
     The first turns of a group are sampled together if its prompts are the same."""
     whole = [
         group for group in groups
@@ -2011,10 +2009,8 @@ def write_turn(engine, groups, turn, temperature, stop_ids):
     options = temperature, stop_ids
     if whole:
         first = [group[0] for group in whole]
-        prompts, keys, limits = zip(
-            *[(e.rollout.prompt_ids, e.key[:-1], e.limit) for e in first], strict=True
-        )
-        sampled += engine.generate([*prompts], [*keys], len(whole[0]), [*limits], *options)
+        prompts, keys = [e.rollout.prompt_ids for e in first], [e.key[:-1] for e in first]
+        sampled += engine.generate(prompts, keys, len(whole[0]), [e.limit for e in first], *options)
     if alone:
         prompts = [e.rollout.prompt_ids + e.rollout.ids for e in alone]
         keys, limits = [(*e.key, turn) for e in alone], [e.limit - len(e.rollout.ids) for e in alone]
@@ -2033,9 +2029,8 @@ def end_episodes(groups, environment):
     """Ask for the rewards of episodes that did not fail, and close all."""
     episodes = {e.number: e for group in groups for e in group if e.number in environment.living}
     asked = [("get_reward", {})] if environment.has_reward else []
-    answers = environment.run(
-        {n: [*([] if e.failure else asked), ("close", {})] for n, e in episodes.items()}
-    )
+    jobs = {number: [*([] if e.failure else asked), ("close", {})] for number, e in episodes.items()}
+    answers = environment.run(jobs)
     for episode in itertools.chain(*groups):
         if environment.has_reward and not episode.failure:
             kind, value = answers.get(episode.number, [("crash", None)])[0]
