@@ -1816,7 +1816,7 @@ def split_at_tools(template, messages, stop_ids):
     """Tool messages -> the text of a short conversation up to their call's stop token, the id of that, and
     the text from there to the model's next word. Raises UserError where the template has no such place."""
     stops = {template.tokenizer.decode([token]): token for token in stop_ids}
-    pattern, problem = "|".join(map(re.escape, stops)) or "(?!)", "it ends the turn by no stop token"
+    pattern = "|".join(map(re.escape, stops)) or "(?!)"
     functions = [{"name": message["name"], "arguments": {}} for message in messages]
     functions[-1]["arguments"] = {"x": PROBE}
     calls = [
@@ -1834,6 +1834,7 @@ def split_at_tools(template, messages, stop_ids):
             continue
         if stop := re.compile(pattern).search(text, text.find(PROBE)) if PROBE in text else None:
             return text[: stop.end()], stops[stop.group()], text[stop.end() :]
+        problem = f"it ends a turn by none of {', '.join(stops) or 'no stop tokens'}"
     raise UserError(
         f"the chat template has no place for a tool's result after a call ({problem}); give one that has by "
         "--chat-template"
@@ -1997,7 +1998,7 @@ def begin_episodes(rows, keys, seeds, num_samples, environment, tokenizer, max_t
 
 
 def write_turn(engine, groups, turn, temperature, stop_ids):
-    """Sample the next turn of the episodes that go on -> [(episode, ids before the turn, Rollout of it), ...].
+    """Sample the next turn of the episodes that go on -> [(episode, ids before it, it), ...].
     The first turns of a group are sampled together if its prompts are the same."""
     whole = [
         group for group in groups
