@@ -10,7 +10,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from calculator import Calculator, chat
 from conftest import ASSETS, flags_of, read_metrics, run, write_rows
 from game_2048 import Game2048, slide
 from hypothesis import HealthCheck, given, settings
@@ -32,7 +31,6 @@ from common import (
     load_tokenizer,
     parse_calls,
     play_episodes,
-    split_at_tools,
     tool_messages,
     tool_tokens,
     tools_template,
@@ -296,7 +294,7 @@ def test_templates_that_do_not_serve_are_refused():
     known.response_template = llama3_template
     check_tools(known, TOOLS, eot)
     with pytest.raises(
-        UserError, match="has no place for a tool's result after a call .it ends a turn by none of"
+        UserError, match=r"has no place for a tool's result after a call .it ends a turn by none of"
     ):
         check_tools(EMBEDDED, TOOLS, [EMBEDDED.convert_tokens_to_ids("<|endoftext|>")])
     for template in (  # tools' results come first; or nowhere
@@ -415,7 +413,7 @@ def test_what_fails_costs_its_episode(echo):
         math.isnan(episode.reward) for group in groups for episode in group
     )  # a NaN is the reward's to judge
     assert {entry[0][2] for entry in engine.seen} == {1}
-    long, _ = play(echo, lambda key, turn: "Done.", rows=[{"start": "x " * 700}])
+    long, _ = play(echo, lambda key, turn: "Done.", rows=[{"start": "x " * 700}], max_length=300)
     assert {episode.failure for episode in long[0]} == {"environment prompt too long"}
 
 
@@ -518,8 +516,8 @@ def test_2048_plays_to_its_end(seed):
     assert 0.4 < game.get_reward() < 1
     with pytest.raises(ValueError, match="Game over"):
         game.move("left")
+    twin.done = False
     with pytest.raises(ValueError, match="must be left, right, up or down"):
-        twin.done = False
         twin.move("north")
 
 
