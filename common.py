@@ -38,10 +38,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import httpx
@@ -63,7 +64,12 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers.utils.chat_template_utils import (
+    DocstringParsingException,
+    TypeHintParsingException,
+    get_json_schema,
+    render_jinja_template,
+)
 
 IGNORE = -100
 
@@ -1309,14 +1315,16 @@ PROMPT_FEATURES = Features(
 )
 
 
-def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None):
-    """A row with a `prompt`, text or messages, -> PROMPT_FEATURES.
+def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None, tools=None):
+    """A row with a `prompt`, text or messages, -> PROMPT_FEATURES. tools: the schemas of an environment's.
 
     input_ids are the prompt's, with the header that opens an answer; prompt and columns (all others, for the
     rewards) are JSON text. dropped: why the row is not used, or "". Raises UserError for a row without a
     prompt or with one that ends in an answer.
     """
     refuse_images(row)
+    if tools and (row.get("tools") or not isinstance(row.get("prompt"), list)):
+        raise UserError("with --environment, `prompt` must be messages, and `tools` none but its methods")
     if isinstance(row.get("prompt"), list):
         prompt = read_messages(row, "prompt")
         if prompt[-1]["role"] == "assistant":
@@ -1327,8 +1335,7 @@ def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None):
             raise UserError(
                 "the row holds messages, but the tokenizer has no chat template; give one by --chat-template"
             )
-        source, arguments = tokenizer.get_chat_template(), row.get("chat_template_kwargs") or {}
-        template = ChatTemplate.cached(tokenizer, source, json.dumps(row.get("tools")), json.dumps(arguments))
+        template = tools_template(tokenizer, tools or row.get("tools"), row.get("chat_template_kwargs"))
         text = template.render(prompt, generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
@@ -1339,7 +1346,7 @@ def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None):
     dropped = (
         f"longer than the {max_length} tokens that are left for a prompt" if len(ids) > max_length else ""
     )
-    columns = {name: value for name, value in row.items() if name not in ("prompt", "chat_template_kwargs")}
+    columns = {name: value for name, value in row.items() if name != "prompt"}
     return {
         "input_ids": ids,
         "length": len(ids),
@@ -1845,6 +1852,519 @@ class RewardWorker:
         return rewards_SR, failures
 
 
+# ---- Environments: tasks of several turns, with tools ------------------------------------------------------
+#
+# class Environment:                       as in TRL, whose environments with a get_reward run unchanged
+#     def reset(self, **row)               -> text to add to the prompt's last message, or None; `seed` is the
+#                                          same for all samples of a prompt
+#     def any_name(self, x: int)           -> anything; a public method is a tool, described by its docstring
+#     def get_reward(self)                 -> float; optional, --rewards environment
+#     def close(self)                      optional
+#     done                                 optional: true once the episode is over
+#
+# Each method may be async. An episode has an object and a thread, with an event loop, of its own.
+
+PROTOCOL = ("reset", "get_reward", "close")
+
+
+def load_environment(name):
+    """path/to/file.py:Class -> the class, the JSON schemas of its tools, and whether it has a get_reward."""
+    path, _, class_name = name.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"--environment {name}: it must be FILE.py:CLASS, and the file must exist")
+    spec = importlib.util.spec_from_file_location(f"environment_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--environment {name}: {path} cannot be imported: {error!r}") from error
+    if not inspect.isclass(kind := getattr(module, class_name, None)):
+        raise UserError(f"--environment {name}: {path} has no class {class_name}")
+    members = [member for member, _ in inspect.getmembers(kind, inspect.isfunction)]
+    tools = [member for member in members if member not in PROTOCOL and not member.startswith("_")]
+    if "reset" not in members or not tools:
+        missing = "no public method that is a tool" if "reset" in members else "no method `reset`"
+        raise UserError(f"--environment {name}: {class_name} has {missing}")
+    unmade, schemas = kind.__new__(kind), []  # methods can be described without what __init__ does
+    for tool in tools:
+        try:
+            schemas.append(get_json_schema(getattr(unmade, tool)))
+        except (DocstringParsingException, TypeHintParsingException) as error:
+            raise UserError(f"--environment {name}: the tool {tool} cannot be described: {error}") from error
+    return kind, schemas, "get_reward" in members
+
+
+def serve_environments(pipe, name):
+    """The worker process: gets (episode, [(method, arguments), ...]), sends (episode, kind, value) for each
+    call in its order; gets and sends None to show that it is alive."""
+    os.setsid()  # signals to the trainer's group are the trainer's to handle
+    try:
+        kind, tools, has_reward = load_environment(name)
+    except UserError as error:
+        return pipe.send(("refused", str(error)))
+    pipe.send(("ok", (tools, has_reward)))
+    inboxes, lock = {}, threading.Lock()
+    while True:
+        try:
+            message = pipe.recv()
+        except EOFError:  # the trainer has ended
+            os._exit(0)  # whatever the threads are at
+        if message is None:
+            with lock:
+                pipe.send(None)
+            continue
+        episode, calls = message
+        if episode not in inboxes:
+            inboxes[episode] = queue.SimpleQueue()
+            arguments = (kind, episode, inboxes[episode], pipe, lock)
+            threading.Thread(target=serve_episode, args=arguments, daemon=True).start()
+        inboxes[episode].put(calls)
+        if calls[-1][0] == "close":
+            del inboxes[episode]
+
+
+def serve_episode(kind, episode, inbox, pipe, lock):
+    """A thread of the worker: one environment, from its reset to its close."""
+    environment = method = None
+    with asyncio.Runner() as runner:
+        while method != "close":
+            for method, arguments in inbox.get():
+                try:
+                    environment = kind() if environment is None else environment
+                    answer = "ok", call_environment(environment, method, arguments, runner)
+                except (Exception, SystemExit) as error:
+                    answer = "exception", f"{method}: {error!r}" if method in PROTOCOL else clean(error)
+                with lock:
+                    pipe.send((episode, *answer))
+
+
+def call_environment(environment, method, arguments, runner):
+    """-> what reset says or get_reward finds; of a tool, its result as text, and whether the episode is over.
+    A reset without **kwargs gets only what it names."""
+    if method == "close" and not hasattr(environment, "close"):
+        return None
+    function = getattr(environment, method)
+    parameters = inspect.signature(function).parameters.values()
+    if method == "reset" and all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        names = {parameter.name for parameter in parameters}
+        arguments = {name: value for name, value in arguments.items() if name in names}
+    value = function(**arguments)
+    if inspect.isawaitable(value):
+        value = runner.run(as_coroutine(value))
+    match method:
+        case "reset":
+            if not isinstance(value, str | None):
+                raise TypeError(f"it returned {type(value).__name__}; it must be text or None")
+            return value and clean(value)
+        case "get_reward":
+            return float(value)
+        case "close":
+            return None
+    done = getattr(environment, "done", False)
+    return clean(value), not callable(done) and bool(done)
+
+
+def clean(value):
+    """A value as text without half characters, which cannot be tokenized."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+class EnvironmentWorker:
+    """A rank's environments, in one process that is killed and replaced when it crashes or hangs.
+
+    Calls of different episodes run at the same time. A call past its deadline fails only its episode: the
+    thread is left behind, and the process replaced before the next episodes begin.
+    """
+
+    GRACE = 5  # seconds in which a process that is alive says so
+
+    def __init__(self, name, timeout):
+        """name: as in load_environment. timeout: seconds a call may take. Raises UserError for a bad name."""
+        self.name, self.timeout, self.problem = name, timeout, ""  # what the newest exception said
+        self.context, self.numbers = multiprocessing.get_context("forkserver"), itertools.count()
+        self.start()
+
+    def start(self):
+        self.pipe, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=serve_environments, args=(theirs, self.name), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.inbox = queue.SimpleQueue()
+        # Reading and writing have threads: a process that hangs half-way would make them wait for it.
+        threading.Thread(target=receive_all, args=(self.pipe, self.inbox), daemon=True).start()
+        self.living, self.is_stale = set(), False  # episodes in this process; whether a call in it hangs
+        kind, value = self.hear(300)
+        if kind != "ok":
+            self.stop()
+            raise UserError(value if kind == "refused" else f"the environment process does not start: {kind}")
+        self.tools, self.has_reward = value
+
+    def stop(self):
+        self.process.kill()
+        self.process.join()
+
+    def hear(self, seconds):
+        """-> what the process says."""
+        try:
+            return self.inbox.get(timeout=max(0, seconds))
+        except queue.Empty:
+            return "silence", None
+
+    def send(self, messages):
+        threading.Thread(target=send_all, args=(self.pipe, messages), daemon=True).start()
+
+    def open(self, count):
+        """-> numbers for so many new episodes, when no others are going on."""
+        if self.is_stale:
+            self.stop()
+            self.start()
+        self.living = {next(self.numbers) for _ in range(count)}
+        return sorted(self.living)
+
+    def run(self, jobs):
+        """jobs: episode -> [(method, arguments), ...] to do one after the other -> episode -> [(kind, value),
+        ...]; kinds are ok, exception, and where nothing more comes of an episode timeout, hang or crash."""
+        answers = {episode: [] if episode in self.living else [("crash", None)] for episode in jobs}
+        started = {episode: calls for episode, calls in jobs.items() if calls and not answers[episode]}
+        self.send([*started.items()])
+        deadlines = dict.fromkeys(started, time.monotonic() + self.timeout)
+        while deadlines:
+            message = self.hear(min(deadlines.values()) - time.monotonic())
+            if message == ("silence", None):  # is a call late, or does the whole process hang?
+                self.send([None])
+                message = self.hear(self.GRACE)
+            if message in (("silence", None), ("crash", None)):
+                for episode in deadlines:
+                    answers[episode].append(("crash" if message[0] == "crash" else "hang", None))
+                self.stop()
+                self.start()
+                break
+            if message is not None and message[0] in deadlines:
+                episode, *answer = message
+                answers[episode].append(tuple(answer))
+                deadlines[episode] = time.monotonic() + self.timeout
+                if len(answers[episode]) == len(jobs[episode]):
+                    del deadlines[episode]
+            for episode in [each for each, at in deadlines.items() if at <= time.monotonic()]:
+                answers[episode].append(("timeout", None))
+                self.living.discard(episode)
+                self.is_stale = True
+                del deadlines[episode]
+        problems = [value for some in answers.values() for kind, value in some if kind == "exception"]
+        self.problem = f"{self.name} raised {problems[-1]}" if problems else self.problem
+        return answers
+
+
+def send_all(pipe, messages):
+    try:
+        for message in messages:
+            pipe.send(message)
+    except OSError:  # it was killed, which who waits for an answer is told
+        return
+
+
+def receive_all(pipe, inbox):
+    while True:
+        try:
+            inbox.put(pipe.recv())
+        except (EOFError, OSError):
+            return inbox.put(("crash", None))
+
+
+def environment_reward(environment_reward, **_):
+    """What get_reward said, which comes as a column."""
+    return environment_reward
+
+
+REWARDS["environment"] = environment_reward
+
+
+# ---- Tool calls and the tokens between turns ---------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """A tool call that a model wrote."""
+
+    name: str
+    arguments: dict
+    problem: str = ""
+    """Why it cannot be made, if so."""
+
+
+def parse_calls(tokenizer, prefix, text, tools):
+    """The text of a turn, which follows `prefix`, control tokens included -> [Call, ...].
+
+    The tokenizer's response template says where calls are, if it has one. Otherwise they are looked for as
+    Hermes and Qwen write them, after the thinking: <tool_call>{"name": ..., "arguments": {...}}</tool_call>.
+    """
+    names = {tool["function"]["name"] for tool in tools}
+    if getattr(tokenizer, "response_template", None):
+        try:
+            found = tokenizer.parse_response(text, prefix=prefix, tools=tools).get("tool_calls") or []
+        except Exception as error:  # of many kinds, by what the model wrote
+            return [Call("unknown", {}, f"malformed tool call: {error}")]
+    else:
+        said = text.rpartition("</think>")[2]
+        blocks = re.findall(r"<tool_call>(.*?)(</tool_call>|$)", said, re.DOTALL)
+        found = [block if end else "" for block, end in blocks]
+    return [read_call(call, names) for call in found]
+
+
+def read_call(call, names):
+    """A call as JSON text or an object -> Call."""
+    try:
+        call = json.loads(call) if isinstance(call, str) else call
+        function = check_tool_call(call, "the message")["function"]
+    except (ValueError, RecursionError) as error:
+        return Call("unknown", {}, f"malformed tool call: {error}")
+    name, arguments = function["name"], function.get("arguments") or {}
+    if name not in names:
+        return Call("unknown", {}, f"Tool {clean(name)} not found.")
+    if not isinstance(arguments, dict):
+        return Call(name, {}, "malformed tool call: its arguments are no object")
+    return Call(name, arguments)
+
+
+def tool_messages(calls, answers):
+    """Calls, and the worker's answers to those that can be made -> messages; errors as TRL words them."""
+    answers, messages = iter(answers), []
+    for index, call in enumerate(calls):
+        kind, value = ("exception", call.problem) if call.problem else next(answers)
+        content = value[0] if kind == "ok" else str({"error": value})
+        message = {"role": "tool", "name": call.name, "tool_call_id": f"call{index:05d}"}
+        messages.append({**message, "content": content})
+    return messages
+
+
+def split_at_tools(template, messages, stop_ids):
+    """Tool messages -> the text of a short conversation up to their call's stop token, the id of that, and
+    the text from there to the model's next word. Raises UserError where the template has no such place."""
+    stops = {template.tokenizer.decode([token]): token for token in stop_ids}
+    pattern = "|".join(map(re.escape, stops)) or "(?!)"
+    functions = [{"name": message["name"], "arguments": {}} for message in messages]
+    functions[-1]["arguments"] = {"x": PROBE}
+    calls = [
+        {"type": "function", "id": message["tool_call_id"], "function": function}
+        for message, function in zip(messages, functions, strict=True)
+    ]
+    # A template that does not know tool calls (or not several) still shows where a plain turn ends.
+    for said in ({"content": "", "tool_calls": calls}, {"content": PROBE}):
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", **said}, *messages]
+        try:
+            _, conversation = render_with_calls(template, conversation)
+            text = template.render(conversation, generation_prompt=True)
+        except UserError as error:
+            problem = error
+            continue
+        if stop := re.compile(pattern).search(text, text.find(PROBE)) if PROBE in text else None:
+            return text[: stop.end()], stops[stop.group()], text[stop.end() :]
+        problem = f"it ends a turn by none of {', '.join(stops) or 'no stop tokens'}"
+    raise UserError(
+        f"the chat template has no place for a tool's result after a call ({problem}); give one that has by "
+        "--chat-template"
+    )
+
+
+def tool_tokens(template, messages, stop_ids):
+    """The template's own tokens from a turn's stop token, without it, to the model's next word."""
+    _, stop_id, text = split_at_tools(template, messages, stop_ids)
+    stop = template.tokenizer.decode([stop_id])
+    ids = template.tokenizer(stop + text, add_special_tokens=False)["input_ids"]
+    if ids[0] != stop_id:
+        raise UserError(f"the tokenizer does not keep the stop token {stop} apart from what follows it")
+    return ids[1:]
+
+
+def check_tools(tokenizer, tools, stop_ids):
+    """UserError where the chat template has no place for tools' results, or writes calls that would not be
+    read."""
+    template, name = tools_template(tokenizer, tools, None), tools[0]["function"]["name"]
+    results = [tool_messages([Call(name, {})], [("ok", (text, False))]) for text in ("a", PROBE)]
+    splits = [split_at_tools(template, messages, stop_ids) for messages in results]
+    header, _, _ = template.plain_answer
+    if splits[0][:2] != splits[1][:2] or PROBE not in splits[1][2]:
+        raise UserError(
+            "the chat template does not put a tool's result after the turn that called it; give one that "
+            "does by --chat-template"
+        )
+    written = splits[0][0]
+    prefix, _, turn = written.rpartition(header) if header else ("", "", written)
+    found = [call.name for call in parse_calls(tokenizer, prefix + header, turn, tools)]
+    if name in turn and found != [name]:
+        raise UserError(
+            f"the chat template writes a tool call as {turn[:200]!r}, which is not read; the tokenizer needs "
+            "a `response_template`, or the template Hermes' form, <tool_call>{json}</tool_call>"
+        )
+
+
+def tools_template(tokenizer, tools, arguments):
+    """The ChatTemplate under an environment's tools (None: none) and a row's arguments."""
+    source = tokenizer.get_chat_template(tools=tools)
+    return ChatTemplate.cached(tokenizer, source, json.dumps(tools), json.dumps(arguments or {}))
+
+
+# ---- Episodes ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Episode:
+    """A sample of several turns."""
+
+    number: int
+    """The EnvironmentWorker knows it by this."""
+    key: tuple
+    """Its tokens are drawn from this and the turn."""
+    template: ChatTemplate
+    prompt: list
+    """Messages, with what reset said."""
+    rollout: "Rollout"
+    limit: int = 0
+    """Most tokens that may follow the prompt's."""
+    messages: list = field(default_factory=list)
+    """What the model and the tools said."""
+    is_going: bool = True
+    failure: str = ""
+    """Why it does not count, if so."""
+    reward: float = math.nan
+    """The environment's own."""
+    turns: int = 0
+    calls: int = 0
+    failed_calls: int = 0
+    """Those that were malformed, of no tool, or raised."""
+
+    def fail(self, why):
+        self.failure, self.is_going = f"environment {why}", False
+
+
+def play_episodes(
+    rows, keys, seeds, num_samples, temperature, stop_ids, *, engine, environment, tokenizer, limits
+):
+    """Play rows of PROMPT_FEATURES in an EnvironmentWorker -> [[Episode, ...] of num_samples for each row].
+
+    keys: as in HFEngine.generate. seeds: an int for each row. limits: an episode's most turns, its most
+    tokens, and those without the prompt. All episodes go on together, turn by turn.
+
+    What was sampled is never tokenized again: between two turns stand the template's own tokens for the
+    tools' messages, False in Rollout.mask. An episode ends with a turn without calls, or where the
+    environment is done. It is cut (not finished) by the limits; what tools say counts, and is left out where
+    it leaves no room for another token.
+    """
+    max_turns, *max_tokens = limits
+    groups = begin_episodes(rows, keys, seeds, num_samples, environment, tokenizer, max_tokens)
+    for turn in range(max_turns):
+        written = write_turn(engine, groups, turn, temperature, stop_ids)
+        calls = {}
+        for episode, prefix, piece in written:
+            text = tokenizer.decode(piece.ids, skip_special_tokens=True)
+            episode.messages.append({"role": "assistant", "content": text})
+            texts = tokenizer.decode(prefix), tokenizer.decode(piece.ids)
+            found = parse_calls(tokenizer, *texts, environment.tools) if piece.is_finished else []
+            episode.is_going = bool(found)
+            if found:
+                calls[episode.number] = found
+                functions = [{"name": call.name, "arguments": call.arguments} for call in found]
+                tool_calls = [{"type": "function", "function": function} for function in functions]
+                episode.messages[-1]["tool_calls"] = tool_calls
+        jobs = {number: [c[:2] for c in found if not c.problem] for number, found in calls.items()}
+        answers = environment.run(jobs)
+        for episode in [episode for episode, _, _ in written if episode.is_going]:
+            found, answered = calls[episode.number], answers[episode.number]
+            if answered and answered[-1][0] not in ("ok", "exception"):
+                episode.fail(answered[-1][0])
+                continue
+            episode.calls += len(found)
+            episode.failed_calls += sum(bool(call.problem) for call in found)
+            episode.failed_calls += sum(kind == "exception" for kind, _ in answered)
+            is_done = any(kind == "ok" and value[1] for kind, value in answered)
+            rollout, messages = episode.rollout, tool_messages(found, answered)
+            more = [] if is_done else tool_tokens(episode.template, messages, stop_ids)
+            if is_done or turn + 1 == max_turns or len(rollout.ids) + len(more) >= episode.limit:
+                rollout.is_finished, episode.is_going = is_done, False
+                continue
+            episode.messages += messages
+            rollout.ids += more
+            rollout.logps += [0.0] * len(more)
+            rollout.mask += [False] * len(more)
+    end_episodes(groups, environment)
+    return groups
+
+
+def begin_episodes(rows, keys, seeds, num_samples, environment, tokenizer, max_tokens):
+    """-> groups of Episodes that were reset, with their prompts."""
+    numbers, groups, resets = iter(environment.open(num_samples * len(rows))), [], {}
+    for row, key, seed in zip(rows, keys, seeds, strict=True):
+        prompt, columns = json.loads(row["prompt"]), json.loads(row["columns"])
+        template = tools_template(tokenizer, environment.tools, columns.get("chat_template_kwargs"))
+        groups.append([])
+        for sample in range(num_samples):
+            rollout = Rollout(row["input_ids"], [], [], False, [])
+            groups[-1].append(Episode(next(numbers), (*key, sample), template, prompt, rollout))
+            resets[groups[-1][-1].number] = [("reset", {"seed": seed, "prompt": prompt, **columns})]
+    answers = environment.run(resets)
+    for episode in itertools.chain(*groups):
+        kind, said = answers[episode.number][0]
+        if kind != "ok":
+            episode.fail(kind)
+            continue
+        ids = episode.rollout.prompt_ids
+        if said:
+            last = {**episode.prompt[-1], "content": episode.prompt[-1]["content"] + said}
+            episode.prompt = [*episode.prompt[:-1], last]
+            text = episode.template.render(episode.prompt, generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        max_length, max_completion_length = max_tokens
+        episode.limit = min(max_completion_length, max_length - len(ids))
+        if episode.limit < 1:
+            episode.fail("prompt too long")
+        else:
+            episode.rollout.prompt_ids = ids
+    return groups
+
+
+def write_turn(engine, groups, turn, temperature, stop_ids):
+    """Sample the next turn of the episodes that go on -> [(episode, ids before it, it), ...].
+    The first turns of a group are sampled together if its prompts are the same."""
+    whole = [
+        group for group in groups
+        if not turn and all(e.is_going and e.rollout.prompt_ids == group[0].rollout.prompt_ids for e in group)
+    ]  # fmt: skip
+    episodes, sampled = [episode for group in whole for episode in group], []
+    together = {episode.number for episode in episodes}
+    alone = [e for group in groups for e in group if e.is_going and e.number not in together]
+    options = temperature, stop_ids
+    if whole:
+        first = [group[0] for group in whole]
+        prompts, keys = [e.rollout.prompt_ids for e in first], [e.key[:-1] for e in first]
+        sampled += engine.generate(prompts, keys, len(whole[0]), [e.limit for e in first], *options)
+    if alone:
+        prompts = [e.rollout.prompt_ids + e.rollout.ids for e in alone]
+        keys, limits = [(*e.key, turn) for e in alone], [e.limit - len(e.rollout.ids) for e in alone]
+        sampled += engine.generate(prompts, keys, 1, limits, *options)
+    written = []
+    for episode, piece in zip(episodes + alone, itertools.chain(*sampled), strict=True):
+        rollout = episode.rollout
+        written.append((episode, rollout.prompt_ids + rollout.ids, piece))
+        rollout.ids, rollout.logps = rollout.ids + piece.ids, rollout.logps + piece.logps
+        rollout.mask, rollout.is_finished = rollout.mask + [True] * len(piece.ids), piece.is_finished
+        episode.turns += 1
+    return written
+
+
+def end_episodes(groups, environment):
+    """Ask for the rewards of episodes that did not fail, and close all."""
+    episodes = {e.number: e for group in groups for e in group if e.number in environment.living}
+    asked = [("get_reward", {})] if environment.has_reward else []
+    jobs = {number: [*([] if e.failure else asked), ("close", {})] for number, e in episodes.items()}
+    answers = environment.run(jobs)
+    for episode in itertools.chain(*groups):
+        if environment.has_reward and not episode.failure:
+            kind, value = answers.get(episode.number, [("crash", None)])[0]
+            if kind == "ok":
+                episode.reward = value
+            else:
+                episode.fail(kind)
+
+
 # ============================================================================================================
 # 3. Rollout engines and weight sync
 # ============================================================================================================
@@ -1860,6 +2380,8 @@ class Rollout:
     """The sampler's log-prob of each token, at its temperature."""
     is_finished: bool
     """Whether it ended by a stop token rather than by its length."""
+    mask: list | None = None
+    """Which of ids were sampled; None: all. The others are a tool's: `logps` is 0 there."""
 
 
 class HFEngine:

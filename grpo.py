@@ -12,13 +12,15 @@ Choices that differ between implementations:
 Shapes: P prompts (groups), G samples of each, R reward functions, S samples; T packed tokens of a micro-
 batch, N its trained positions, D hidden size, V vocabulary, B documents. labels_N[i] is the token that
 position positions_N[i] predicts; logps_N[i] is its log-prob. Policies: policy_ is trained, sampler_ drew the
-tokens, old_ is the policy when its batch was drawn, ref_ is what --beta holds the policy by.
+tokens, old_ is the policy when its batch was drawn, ref_ is what --beta holds the policy by. Tokens that a
+tool wrote are attended to, and neither trained nor counted.
 
 Metrics: reward, reward_std (of a group, mean), rewards/<name>/mean and /std, frac_reward_zero_std (groups
 without a signal), failed_rewards, drawn_prompts; completions/mean_length, /min_length, /max_length,
 /mean_terminated_length, /clipped_ratio; entropy; kl; clip_ratio/low_mean, /high_mean, /region_mean (shares of
 tokens); sampling/sampling_logp_difference/mean and /max, sampling/importance_sampling_ratio/mean;
-generate_seconds (rewards included), train_seconds. Held-out: eval/reward, greedy, or the mean over
+tools/call_frequency (a sample), tools/failure_frequency, turns/mean; generate_seconds (rewards included),
+train_seconds. Held-out: eval/reward, greedy, or the mean over
 --eval-generations samples, with eval/pass@k.
 
 CPU:    python grpo.py                               (the embedded model and data, in three minutes)
@@ -75,6 +77,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from common import (
     PROMPT_FEATURES,
     EngineError,
+    EnvironmentWorker,
     HFEngine,
     RewardWorker,
     ServerNeeds,
@@ -82,10 +85,12 @@ from common import (
     VLLMEngine,
     VLLMServer,
     check_reward_columns,
+    check_tools,
     collate,
     encode_prompt,
     load_tokenizer,
     parse_source,
+    play_episodes,
     prepare_data,
     split_batch,
 )
@@ -214,15 +219,23 @@ class Args:
     """Ranks, and their GPUs, that share a started server."""
 
     # --- rewards
-    rewards: tuple[str, ...] = ("accuracy",)
+    rewards: tuple[str, ...] = ()
     """Ours (accuracy, choice, cosine, format, json-schema:FILE, overlong:TOKENS, regex:PATTERN, repetition,
-    reward-model:PATH) or path/to/file.py:function; they are summed."""
+    reward-model:PATH), path/to/file.py:function, or environment, for its get_reward; they are summed. If none are given: environment where it has a get_reward, else accuracy."""
     reward_weights: tuple[float, ...] = ()
     """A weight for each of --rewards; 1 if not given."""
     reward_timeout: float = 30.0
     """Seconds that a reward may take for a batch; where it takes longer, for each of its completions."""
     max_failed_rewards: float = 0.5
     """The run stops at a step with a larger share of samples whose reward failed."""
+
+    # --- environment
+    environment: str | None = None
+    """path/to/file.py:Class with tools to call, over several turns; common.py says what it must have."""
+    max_turns: int = 8
+    """Most turns of the model in an episode; --max-completion-length counts the tokens of all, tools' too."""
+    environment_timeout: float = 30.0
+    """Seconds that a call of the environment may take; the sample fails, as if its reward had."""
 
     # --- algorithm
     loss_type: LossType = "dapo"
@@ -1376,39 +1389,71 @@ class Sample:
     """Which prompt it answers, counted from the run's beginning."""
     prompt_ids: list
     ids: list
+    mask: list
+    """Which of ids the sampler drew, so which are trained; the others are a tool's."""
     logps: list
-    """The sampler's."""
+    """The sampler's, of those that it drew; all log-probs here are of those alone."""
     is_finished: bool
     rewards: list
     """A value for each reward, NaN where there is none."""
     text: str
+    turns: int = 1
+    calls: int = 0
+    """Of tools."""
+    failed_calls: int = 0
     advantage: float = math.nan
     old_logps: list | None = None
     ref_logps: list | None = None
 
 
-def roll_out(args, engine, worker, tokenizer, rows, cursors, num_samples, temperature, stop_ids):
-    """Sample and judge the prompts of some rows -> [[Sample, ...] of each], Counter of failed rewards."""
-    prompts, limits = [row["input_ids"] for row in rows], [args.max_completion_length] * len(rows)
+def roll_out(
+    args, engine, worker, play, tokenizer, rows, cursors, num_samples, temperature, stop_ids, task=0
+):
+    """Sample and judge the prompts of some rows -> [[Sample, ...] of each], Counter of failed rewards.
+
+    play: play_episodes with its keywords, or None without an environment; the samples of a prompt get one
+    seed, drawn from --seed, its cursor and `task`.
+    """
     keys = [(args.seed, engine.version, cursor) for cursor in cursors]
-    groups = engine.generate(prompts, keys, num_samples, limits, temperature, stop_ids)
-    asked = [json.loads(row["prompt"]) for row in rows for _ in range(num_samples)]
     columns = [json.loads(row["columns"]) for row in rows for _ in range(num_samples)]
-    rollouts = [rollout for group in groups for rollout in group]
-    texts = [tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
-    said = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(asked, texts, strict=True)
-    ]
+    judged, failures, counts = range(len(columns)), Counter(), [{}] * len(columns)
+    if play is None:
+        prompts, limits = [row["input_ids"] for row in rows], [args.max_completion_length] * len(rows)
+        groups = engine.generate(prompts, keys, num_samples, limits, temperature, stop_ids)
+        asked = [json.loads(row["prompt"]) for row in rows for _ in range(num_samples)]
+        rollouts = [rollout for group in groups for rollout in group]
+        texts = [tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
+        said = [
+            text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+            for prompt, text in zip(asked, texts, strict=True)
+        ]
+    else:
+        seeds = [int(np.random.SeedSequence((args.seed, c, task)).generate_state(1)[0]) for c in cursors]
+        groups = play(rows, keys, seeds, num_samples, temperature, stop_ids)
+        episodes = [episode for group in groups for episode in group]
+        asked, said = [e.prompt for e in episodes], [e.messages for e in episodes]
+        rollouts = [e.rollout for e in episodes]
+        texts = [tokenizer.decode(rollout.ids) for rollout in rollouts]
+        counts = [{name: getattr(e, name) for name in ("turns", "calls", "failed_calls")} for e in episodes]
+        columns = [{**row, "environment_reward": e.reward} for row, e in zip(columns, episodes, strict=True)]
+        judged = [index for index, e in enumerate(episodes) if not e.failure]
+        failures = Counter(e.failure for e in episodes if e.failure)
     names = sorted({name for row in columns for name in row})
-    columns = {name: [row.get(name) for row in columns] for name in names}
-    rewards_SR, failures = worker(asked, said, [rollout.ids for rollout in rollouts], columns)
-    each = zip(np.repeat(cursors, num_samples).tolist(), rollouts, rewards_SR.tolist(), texts, strict=True)
-    samples = [
-        Sample(cursor, one.prompt_ids, one.ids, one.logps, one.is_finished, rewards, text)
-        for cursor, one, rewards, text in each
-    ]
-    return [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)], failures
+    columns = {name: [columns[i].get(name) for i in judged] for name in names}
+    rewards_SR = np.full((len(rollouts), len(args.rewards)), np.nan)
+    ids = [rollouts[i].ids for i in judged]
+    rewards_SR[judged], failed = worker([asked[i] for i in judged], [said[i] for i in judged], ids, columns)
+    cursors = np.repeat(cursors, num_samples).tolist()
+    samples = []
+    for cursor, one, rewards, text, count in zip(
+        cursors, rollouts, rewards_SR.tolist(), texts, counts, strict=True
+    ):
+        mask = [True] * len(one.ids) if one.mask is None else one.mask
+        logps = [logp for logp, is_sampled in zip(one.logps, mask, strict=True) if is_sampled]
+        own = (cursor, one.prompt_ids, one.ids, mask, logps, one.is_finished, rewards, text)
+        samples.append(Sample(*own, **count))
+    groups = [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)]
+    return groups, failures + failed
 
 
 def gather_lists(mine):
@@ -1421,26 +1466,27 @@ def gather_lists(mine):
 
 def plan_samples(samples, world_size, budget, packing):
     """Cut a step's samples into micro-batches: plan[rank][micro-batch] -> indices into `samples`. Samples of
-    one prompt stay together, as far as `budget` tokens allow, where they can share it."""
-    units, lengths, last = [], [], None
+    one prompt stay together, as far as `budget` tokens allow, where they can share it. Environments may give
+    them different ones."""
+    units, lengths, last = [], [], (None, None)
     for index, sample in enumerate(samples):
         own, whole = len(sample.ids), len(sample.prompt_ids) + len(sample.ids)
-        if packing == "shared" and sample.cursor == last and lengths[-1] + own <= budget:
+        prompt = (sample.cursor, sample.prompt_ids)
+        if packing == "shared" and own and prompt == last and lengths[-1] + own <= budget:
             units[-1].append(index)
             lengths[-1] += own
         else:
             units.append([index])
             lengths.append(whole)
-        last = sample.cursor
+        last = prompt
     plan = split_batch(lengths, world_size, budget, packing == "alone") if units else [[[]]] * world_size
     return [[[i for unit in batch for i in units[unit]] for batch in batches] for batches in plan]
 
 
 def collate_samples(samples, device, packing):
-    """The MicroBatch of some samples, their completions trained."""
+    """The MicroBatch of some samples, what the sampler drew trained."""
     documents = [
-        (np.array(s.prompt_ids + s.ids), np.arange(len(s.prompt_ids) + len(s.ids)) >= len(s.prompt_ids))
-        for s in samples
+        (np.array(s.prompt_ids + s.ids), np.array([False] * len(s.prompt_ids) + s.mask)) for s in samples
     ]
     return collate(documents, device, packing == "shared")
 
@@ -1452,7 +1498,7 @@ def recompute(model, samples, plan, device, packing, temperature):
     mine = []
     for chosen in plan[dist.get_rank()]:
         stats = model.token_stats(collate_samples([samples[i] for i in chosen], device, packing), temperature)
-        sizes = [len(samples[i].ids) for i in chosen]
+        sizes = [len(samples[i].logps) for i in chosen]
         parts = (values_N.split(sizes) if chosen else () for values_N in (stats.logps_N, stats.entropy_N))
         mine += [(i, logps_n.tolist(), h_n.tolist()) for i, logps_n, h_n in zip(chosen, *parts, strict=True)]
     everything = sorted(gather_lists(mine))
@@ -1461,7 +1507,7 @@ def recompute(model, samples, plan, device, packing, temperature):
 
 def stack_tokens(samples, weights_B, device):
     """What is known of the trained tokens of a micro-batch, beside the policy's log-probs -> Sampled."""
-    lengths = [len(s.ids) for s in samples]
+    lengths = [len(s.logps) for s in samples]
 
     def tokens(lists):
         values = [value for values in lists for value in values]
@@ -1483,7 +1529,7 @@ def stack_tokens(samples, weights_B, device):
 def rollout_metrics(samples, reward_PG, args):
     """Metrics of a generation batch, by TRL's names."""
     rewards_SR = np.array([s.rewards for s in samples], dtype=float)
-    lengths, finished = [len(s.ids) for s in samples], [len(s.ids) for s in samples if s.is_finished]
+    lengths, finished = [len(s.logps) for s in samples], [len(s.logps) for s in samples if s.is_finished]
     spread_P = nanstd(reward_PG, 1)
     metrics = {
         "reward": reward_PG.nanmean().item(),
@@ -1495,6 +1541,11 @@ def rollout_metrics(samples, reward_PG, args):
         "completions/clipped_ratio": 1 - len(finished) / len(lengths),
         "completions/mean_terminated_length": float(np.mean(finished)) if finished else 0.0,
     }
+    if args.environment:
+        calls = sum(s.calls for s in samples)
+        metrics["tools/call_frequency"] = calls / len(samples)
+        metrics["tools/failure_frequency"] = sum(s.failed_calls for s in samples) / max(1, calls)
+        metrics["turns/mean"] = float(np.mean([s.turns for s in samples]))
     for name, values_S in zip(args.rewards, rewards_SR.T, strict=True):
         short, known_S = name.rpartition(".py:")[2], values_S[~np.isnan(values_S)]
         metrics[f"rewards/{short}/mean"] = float(known_S.mean()) if len(known_S) else math.nan
@@ -1530,10 +1581,8 @@ def check_args(args):
     defaults = type(args)()
     above_0 = "num_generations max_completion_length eval_generations steps_per_generation num_iterations"
     above_0 += " temperature reward_timeout epsilon delta importance_sampling_clip_max sapo_temperature_pos"
-    above_0 += (
-        " sapo_temperature_neg top_entropy_quantile epsilon_high vllm_timeout vllm_tensor_parallel_size"
-    )
-    above_0 += " vllm_gpu_memory_utilization"
+    above_0 += " sapo_temperature_neg top_entropy_quantile epsilon_high max_turns environment_timeout"
+    above_0 += " vllm_timeout vllm_tensor_parallel_size vllm_gpu_memory_utilization"
     for name in above_0.split():
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
@@ -1551,8 +1600,8 @@ def check_args(args):
         )
     if args.top_entropy_quantile > 1:
         raise UserError(f"--top-entropy-quantile is {args.top_entropy_quantile}; it must be at most 1")
-    if not args.rewards or len(set(args.rewards)) < len(args.rewards):
-        raise UserError("--rewards: name one reward or several, each once")
+    if len(set(args.rewards)) < len(args.rewards):
+        raise UserError("--rewards: name each reward once")
     if args.reward_weights and len(args.reward_weights) != len(args.rewards):
         raise UserError(
             f"--reward-weights has {len(args.reward_weights)} weights for {len(args.rewards)} rewards"
@@ -1601,6 +1650,8 @@ def check_args(args):
         "max_replacements": (args.zero_variance == "replace", "--zero-variance replace"),
         "baseline": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
         "scale_rewards": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
+        "max_turns": (args.environment, "--environment"),
+        "environment_timeout": (args.environment, "--environment"),
         "importance_sampling_clip_min": (args.importance_sampling_mode != "none", "a correction"),
         "importance_sampling_clip_max": (args.importance_sampling_mode != "none", "a correction"),
         **{
@@ -1613,10 +1664,19 @@ def check_args(args):
             raise UserError(f"{flag(name)} does not apply to the other flags as given: it needs {needed}")
 
 
+def with_default_rewards(args, has_reward):
+    """--rewards as they count. has_reward: whether there is an environment with a get_reward."""
+    if "environment" in args.rewards and not has_reward:
+        raise UserError("--rewards environment needs an --environment that has a method `get_reward`")
+    return replace(args, rewards=args.rewards or (("environment",) if has_reward else ("accuracy",)))
+
+
 def main(args):
     # ---- Checks and data, before any process waits for another ----
     args = without_foreign_eval(args)
     check_shared_args(args)
+    environment = EnvironmentWorker(args.environment, args.environment_timeout) if args.environment else None
+    args = with_default_rewards(args, environment is not None and environment.has_reward)
     check_args(args)
     config = load_config(args)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
@@ -1627,7 +1687,11 @@ def main(args):
             "--max-length or --micro-batch-tokens"
         )
     encode = functools.partial(
-        encode_prompt, tokenizer=tokenizer, max_length=room, vocab_size=config.get_text_config().vocab_size
+        encode_prompt,
+        tokenizer=tokenizer,
+        max_length=room,
+        vocab_size=config.get_text_config().vocab_size,
+        tools=environment and environment.tools,
     )
     prepare = functools.partial(
         prepare_data, encode=encode, features=PROMPT_FEATURES, config=args.dataset_config
@@ -1673,7 +1737,13 @@ def main(args):
     packing = self_check(policy, device, dtype)  # not before: a forward leaves FSDP's root unsharded
     eos = unwrap(policy).generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    stop_ids = sorted(stop_ids)
+    stop_ids, play = sorted(stop_ids), None
+    if environment:
+        check_tools(tokenizer, environment.tools, stop_ids)
+        limits = args.max_turns, room + args.max_completion_length, args.max_completion_length
+        play = functools.partial(
+            play_episodes, engine=engine, environment=environment, tokenizer=tokenizer, limits=limits
+        )
     row = data[rank % len(data)]
     engine_check = functools.partial(check_engine, args, engine, unwrap(policy), row, stop_ids, device)
     for server in servers:
@@ -1744,8 +1814,8 @@ def main(args):
         k, mine = args.eval_generations, range(len(eval_data))[rank::world_size]
         temperature = 0 if k == 1 else args.temperature
         rows = eval_data.select(mine)
-        asked = args, engine, worker, tokenizer, rows, mine, k, temperature, stop_ids
-        groups, _ = with_engine(step, roll_out, *asked)
+        asked = args, engine, worker, play, tokenizer, rows, mine, k, temperature, stop_ids
+        groups, _ = with_engine(step, roll_out, *asked, 1)
         groups = gather_lists(groups)
         rewards_PKR = torch.tensor([[s.rewards for s in group] for group in groups], dtype=torch.float64)
         weights_R = torch.tensor(args.reward_weights or (1.0,) * len(args.rewards), dtype=torch.float64)
@@ -1754,7 +1824,7 @@ def main(args):
         if k > 1:
             best_P = reward_PK.nan_to_num(-math.inf).amax(1)
             metrics[f"eval/pass@{k}"] = (best_P >= weights_R.sum()).double().mean().item()
-        lengths = [len(s.ids) for group in groups for s in group]
+        lengths = [len(s.logps) for group in groups for s in group]
         log.evals[step] = {**metrics, "eval/completions/mean_length": float(np.mean(lengths))}
         log.write({"step": step, **log.evals[step]})
         bar.write(
@@ -1779,7 +1849,7 @@ def main(args):
                 cursor, rounds = cursors.stop, rounds + 1
                 mine = cursors[rank::world_size]
                 rows = data.select([epoch_order(n, args.seed, c // n)[c % n] for c in mine])
-                asked = args, engine, worker, tokenizer, rows, mine
+                asked = args, engine, worker, play, tokenizer, rows, mine
                 asked += args.num_generations, args.temperature, stop_ids
                 new, failed = with_engine(step, roll_out, *asked)
                 new, failed = gather_lists(new), gather_lists([failed])
@@ -1798,10 +1868,11 @@ def main(args):
             samples = [s for group in drawn for s in group]
             share = sum(failures.values()) / len(samples)
             if share > args.max_failed_rewards:
+                problem = worker.problem or (environment.problem if environment else "")
                 raise UserError(
                     f"step {step + 1}: the rewards of {share:.0%} of the samples failed ({dict(failures)}), "
                     f"more than --max-failed-rewards {args.max_failed_rewards}; mend the reward, or raise "
-                    f"--reward-timeout. {worker.problem}"
+                    f"--reward-timeout. {problem}"
                 )
             rewards_PGR = torch.tensor([[s.rewards for s in group] for group in drawn], dtype=torch.float64)
             metrics |= rollout_metrics(samples, advantages(rewards_PGR, args)[1], args)
@@ -1856,9 +1927,9 @@ def main(args):
         shuffled = random.Random(f"{args.seed}:{step - phase}:{passes}").sample(cursors, len(cursors))
         chosen_cursors = {*np.array_split(np.array(shuffled, int), args.steps_per_generation)[part].tolist()}
         samples = [s for s in batch if s.cursor in chosen_cursors]
-        lengths_B = np.array([len(s.ids) for s in samples], dtype=float)
+        lengths_B = np.array([len(s.logps) for s in samples], dtype=float)
         step_tokens = int(lengths_B.sum())
-        batch_tokens = sum(len(s.ids) for s in batch) / args.steps_per_generation
+        batch_tokens = sum(len(s.logps) for s in batch) / args.steps_per_generation
         weights_B = token_weights(lengths_B, batch_tokens, args) if samples else lengths_B
         plan = plan_samples(samples, world_size, args.micro_batch_tokens, packing)
         entropy_floor, entropy_tokens = -math.inf, step_tokens
@@ -1951,6 +2022,8 @@ def main(args):
             print(f"the model is in {final}; its answers end with {tokenizer.decode(stop_ids) or 'nothing'}")
     worker.stop()
     engine.stop()
+    if environment:
+        environment.stop()
     log.finish()
     dist.destroy_process_group()
 

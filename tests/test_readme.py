@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-
 from importlib.util import find_spec
 
 import pytest
@@ -37,6 +36,7 @@ STAND_INS = {
     "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
     "pairs.jsonl": str(ASSETS / "preferences.jsonl"),
     "prompts.jsonl": str(ASSETS / "prompts.jsonl"),
+    "tests/assets/game_2048.py:Game2048": f"{ASSETS / 'game_2048.py'}:Game2048",
 }
 
 

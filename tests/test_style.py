@@ -12,8 +12,8 @@ LIMITS = {
     "sft.py": 1280,
     "dpo.py": 1680,
     "reward_model.py": 1370,
-    "grpo.py": 1860,
-    "common.py": 2000,
+    "grpo.py": 2100,
+    "common.py": 3050,
     "README.md": 300,
 }
 
@@ -90,7 +90,7 @@ def test_nothing_else_at_top_level():
         ".ci",
         *SCRIPTS,
     }
-    made = {".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache"}
+    made = {".git", ".venv", "runs", "wandb", "__pycache__", ".pytest_cache", ".ruff_cache", ".hypothesis"}
     assert {path.name for path in ROOT.iterdir()} - made == allowed
 
 
