@@ -69,7 +69,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -221,7 +221,8 @@ class Args:
     # --- rewards
     rewards: tuple[str, ...] = ()
     """Ours (accuracy, choice, cosine, format, json-schema:FILE, overlong:TOKENS, regex:PATTERN, repetition,
-    reward-model:PATH), path/to/file.py:function, or environment, for its get_reward; they are summed. If none are given: environment where it has a get_reward, else accuracy."""
+    reward-model:PATH), path/to/file.py:function, or environment, for its get_reward; they are summed. None
+    given: environment where it has a get_reward, else accuracy."""
     reward_weights: tuple[float, ...] = ()
     """A weight for each of --rewards; 1 if not given."""
     reward_timeout: float = 30.0
@@ -274,6 +275,12 @@ class Args:
     """Multiply it by the ratio, whose gradient is then the divergence's own."""
     kl_in_reward: bool = False
     """Subtract beta times k1 from the reward, rather than add the estimator to the loss."""
+    sync_ref_model: bool = False
+    """TR-DPO: move the reference towards the policy every --ref-model-sync-steps."""
+    ref_model_mixup_alpha: float = 0.6
+    """The policy's share when the reference moves; 1 copies it."""
+    ref_model_sync_steps: int = 512
+    """Steps between two moves of the reference."""
     entropy_coef: float = 0.0
     """Weight of the mean entropy of trained tokens, which is raised."""
     top_entropy_quantile: float = 1.0
@@ -1269,7 +1276,8 @@ def copy_reference(args, policy, dtype):
     if not args.beta:
         return None
     if not args.lora_rank:
-        return copy.deepcopy(policy).to(dtype).eval().requires_grad_(False)
+        reference = copy.deepcopy(policy).eval().requires_grad_(False)
+        return reference if args.sync_ref_model else reference.to(dtype)
     if adapter_config(args):
         policy.load_adapter(args.model, "reference")
         return "reference"
@@ -1289,6 +1297,16 @@ def adapter(policy, name):
     finally:
         for layer, (active, disabled) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+@torch.no_grad()
+def move_reference(reference, policy, share):
+    """reference <- share * policy + (1 - share) * reference, on this rank's shards."""
+    for model in (reference, policy):
+        if isinstance(model, FSDPModule):
+            model.reshard()  # a forward without backward leaves FSDP's root unsharded
+    for ours, theirs in zip(reference.parameters(), policy.parameters(), strict=True):
+        ours.lerp_(theirs.to(ours.dtype), share)
 
 
 def plain_copy(args, policy, dtype, device):
@@ -1565,6 +1583,19 @@ def describe_prompts(name, data, report):
     print(f"{'':<9} dropped: {dropped}; the longest prompt has {max(data['length'])} tokens")
 
 
+def show_samples(samples, tokenizer):
+    """Two samples of a step as text: the best and the worst."""
+    ranked = sorted((s for s in samples if not math.isnan(s.advantage)), key=lambda s: -s.advantage)
+    lines = []
+    for s in [ranked[0], ranked[-1]] if ranked else []:
+        said = [f"{value:g}" for value in s.rewards]
+        lines += [f"  rewards {' '.join(said)}, advantage {s.advantage:+.2f}, {len(s.logps)} tokens"]
+        for name, text in (("prompt", tokenizer.decode(s.prompt_ids)), ("completion", s.text)):
+            text = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
+            lines += [f"    {name:<10} {text!r}"]
+    return "\n".join(lines)
+
+
 def cut_completions(path, step):
     """Drop what completions.jsonl has of later steps than the one that is resumed from."""
     if path.exists():
@@ -1582,7 +1613,7 @@ def check_args(args):
     above_0 = "num_generations max_completion_length eval_generations steps_per_generation num_iterations"
     above_0 += " temperature reward_timeout epsilon delta importance_sampling_clip_max sapo_temperature_pos"
     above_0 += " sapo_temperature_neg top_entropy_quantile epsilon_high max_turns environment_timeout"
-    above_0 += " vllm_timeout vllm_tensor_parallel_size vllm_gpu_memory_utilization"
+    above_0 += " ref_model_sync_steps vllm_timeout vllm_tensor_parallel_size vllm_gpu_memory_utilization"
     for name in above_0.split():
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
@@ -1621,6 +1652,10 @@ def check_args(args):
         raise UserError(
             "--loss-type vespo has weights of sequences itself; leave out --importance-sampling-level"
         )
+    if not 0 < args.ref_model_mixup_alpha <= 1:
+        raise UserError(
+            f"--ref-model-mixup-alpha is {args.ref_model_mixup_alpha}; it must be above 0 and at most 1"
+        )
     if args.kl_estimator == "k1" and not (args.use_bias_correction_kl or args.kl_in_reward):
         raise UserError(
             "--kl-estimator k1 in the loss has no expected gradient; use k2 or k3, or correct its bias"
@@ -1647,6 +1682,9 @@ def check_args(args):
         "vllm_timeout": (args.engine == "vllm", "--engine vllm"),
         "vllm_gpu_memory_utilization": starts_server,
         "vllm_tensor_parallel_size": starts_server,
+        "sync_ref_model": (args.beta and not args.lora_rank, "--beta above 0, and no LoRA"),
+        "ref_model_mixup_alpha": (args.sync_ref_model, "--sync-ref-model"),
+        "ref_model_sync_steps": (args.sync_ref_model, "--sync-ref-model"),
         "max_replacements": (args.zero_variance == "replace", "--zero-variance replace"),
         "baseline": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
         "scale_rewards": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
@@ -1735,6 +1773,7 @@ def main(args):
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = make_optimizer(args, parameters)
     packing = self_check(policy, device, dtype)  # not before: a forward leaves FSDP's root unsharded
+    moving = {"reference": reference} if args.sync_ref_model else {}  # in checkpoints, beside the policy
     eos = unwrap(policy).generation_config.eos_token_id
     stop_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     stop_ids, play = sorted(stop_ids), None
@@ -1758,7 +1797,7 @@ def main(args):
     if args.resume:
         check_resumable(output_dir, args, data_digest)
         if checkpoints := complete_checkpoints(output_dir):
-            progress = load_checkpoint(checkpoints[-1], policy, optimizer)
+            progress = load_checkpoint(checkpoints[-1], policy, optimizer, **moving)
         if rank == 0:
             print(f"resuming after step {progress['step']}, from {checkpoints[-1]}" if checkpoints else
                   f"{output_dir} has no complete checkpoint: starting from the beginning")  # fmt: skip
@@ -1804,7 +1843,7 @@ def main(args):
                 if not any_rank(problem):
                     continue
             if step:
-                save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints)
+                save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints, **moving)
             raise UserError(f"{problem}\nStopped after step {step}, which is saved; mend it, then --resume")
 
     def evaluate_when_due(step):
@@ -1906,6 +1945,8 @@ def main(args):
                 if not math.isnan(s.advantage) and (s.is_finished or not args.mask_truncated_completions)
             ]  # fmt: skip
             metrics |= {"generate_seconds": generate_seconds}
+            if args.eval_every and step % args.eval_every == 0:
+                bar.write(show_samples(samples, tokenizer))
             if rank == 0:
                 with open(output_dir / "completions.jsonl", "a", encoding="utf-8") as file:
                     for s in samples:
@@ -1935,8 +1976,8 @@ def main(args):
         entropy_floor, entropy_tokens = -math.inf, step_tokens
         if args.top_entropy_quantile < 1 and samples:
             _, entropies = recompute(unwrap(policy), samples, plan, device, packing, args.temperature)
-            entropies = torch.tensor([value for values in entropies for value in values])
-            entropy_floor = entropies.quantile(1 - args.top_entropy_quantile).item()
+            entropies = np.array([value for values in entropies for value in values], np.float32)
+            entropy_floor = float(np.quantile(entropies, 1 - args.top_entropy_quantile))
             entropy_tokens = int((entropies >= entropy_floor).sum())
         learning_rate = args.learning_rate * lr_factor(step, total_steps, warmup_steps, args.lr_schedule)
         for group in optimizer.param_groups:
@@ -1978,6 +2019,8 @@ def main(args):
             )
         optimizer.step()
         optimizer.zero_grad()
+        if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
+            move_reference(reference, policy, args.ref_model_mixup_alpha)
         pending = [] if (step + 1) % steps_per_batch == 0 else [asdict(s) for s in batch]
         progress = {"step": step + 1, "tokens": progress["tokens"] + step_tokens, "cursor": cursor}
         saved = {**progress, "batch": pending}
@@ -1996,14 +2039,14 @@ def main(args):
             log.write({**progress, **metrics})
         evaluate_when_due(progress["step"])
         if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):
-            save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints)
+            save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints, **moving)
     bar.close()
 
     # ---- End: stopped by a signal, or done ----
     if any_rank(caught_signals):
         optimizer.zero_grad()
         if progress["step"]:
-            save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints)
+            save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints, **moving)
         if rank == 0:
             kept = "which is saved" if progress["step"] else "nothing to save yet"
             print(f"stopped by a signal after step {progress['step']} of {total_steps}, {kept}")
@@ -2011,7 +2054,7 @@ def main(args):
     else:
         final, problem = export(args, output_dir, policy, tokenizer, stop_ids, dtype)
         if problem:
-            save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints)
+            save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints, **moving)
             raise UserError(
                 f"{final} cannot be written: {problem}. Training is saved; mend it, then --resume"
             )

@@ -24,12 +24,12 @@ from common import HFEngine, ServerNeeds, VLLMEngine, VLLMServer
 PROMPTS, SAMPLES, NEW = 32, 8, 64
 
 
-def timed(function, repeats):
-    """Median seconds of a call, after one that is not counted."""
+def timed(repeats, function, *given):
+    """Median seconds of function(*given), after one that is not counted."""
     seconds = []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        function()
+        function(*given)
         seconds.append(time.perf_counter() - began)
     return statistics.median(seconds[1:])
 
@@ -62,13 +62,13 @@ def main():
                 server.wait()
                 engine = VLLMEngine([server], model, torch.float32)
                 weights = dict(model.named_parameters()).items()
-                rows[f"send {size:.1f}M weights"] = timed(lambda: engine.load_weights(weights, 1), 5)
+                rows[f"send {size:.1f}M weights"] = timed(5, engine.load_weights, weights, 1)
                 if path.name == "26M":
                     hf = HFEngine(model)
                     keys = [(number,) for number in range(PROMPTS)]
                     work = prompts, keys, SAMPLES, [NEW] * PROMPTS, 1.0, []
-                    rows["generate, vllm"] = timed(lambda: engine.generate(*work), 3)
-                    rows["generate, hf"] = timed(lambda: hf.generate(*work), 3)
+                    rows["generate, vllm"] = timed(3, engine.generate, *work)
+                    rows["generate, hf"] = timed(3, hf.generate, *work)
             finally:
                 server.stop()
     for name, seconds in rows.items():
