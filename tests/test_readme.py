@@ -36,7 +36,6 @@ STAND_INS = {
     "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
     "pairs.jsonl": str(ASSETS / "preferences.jsonl"),
     "prompts.jsonl": str(ASSETS / "prompts.jsonl"),
-    "tests/assets/game_2048.py:Game2048": f"{ASSETS / 'game_2048.py'}:Game2048",
 }
 
 
