@@ -1,7 +1,7 @@
-"""What the scripts share: tokenization, rewards, and the rollout engine.
+"""What the scripts share: tokenization, rewards and environments, rollout engines and weight sync.
 
     row --encode_sft--> ids, loss mask --split_batch--> micro-batches --collate--> MicroBatch --> model
-    prompt --HFEngine--> Rollouts --RewardWorker--> rewards
+    prompt --HFEngine or VLLMEngine, play_episodes--> Rollouts --RewardWorker--> rewards
 
 Shapes: T packed tokens of a micro-batch, N trained positions among them, H heads, D head size.
 Alignment: labels_N[i] is the token that position positions_N[i] predicts, ids_T[positions_N[i] + 1].

@@ -20,11 +20,10 @@ without a signal), failed_rewards, drawn_prompts; completions/mean_length, /min_
 /mean_terminated_length, /clipped_ratio; entropy; kl; clip_ratio/low_mean, /high_mean, /region_mean (shares of
 tokens); sampling/sampling_logp_difference/mean and /max, sampling/importance_sampling_ratio/mean;
 tools/call_frequency (a sample), tools/failure_frequency, turns/mean; generate_seconds (rewards included),
-train_seconds. Held-out: eval/reward, greedy, or the mean over
---eval-generations samples, with eval/pass@k.
+train_seconds. Held-out: eval/reward, greedy, or the mean over --eval-generations samples, with eval/pass@k.
 
 CPU:    python grpo.py                               (the embedded model and data, in three minutes)
-1 GPU:  python grpo.py --model Qwen/Qwen3-0.6B --dataset prompts.jsonl --learning-rate 1e-6
+1 GPU:  python grpo.py --engine vllm --model Qwen/Qwen3-0.6B --dataset prompts.jsonl --learning-rate 1e-6
 1 node: torchrun --nproc-per-node 8 grpo.py --model ... --dataset ...
 nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 grpo.py ...
 """

@@ -493,6 +493,22 @@ def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every):
         assert torch.equal(weights(tmp_path / "resumed")[name], weight)
 
 
+def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(tmp_path):
+    """TR-DPO's: after each move with share 1, the policy is its own reference again."""
+    flags = {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 3}
+    straight = train(tmp_path / "straight", max_steps=8, ref_model_mixup_alpha=0.5, **flags)
+    args = {**flags, "ref_model_mixup_alpha": 0.5, "save_every": 4}
+    train(tmp_path / "resumed", max_steps=8, **args)
+    (tmp_path / "resumed" / "checkpoint-00000008" / "progress.json").unlink()
+    assert train(tmp_path / "resumed", max_steps=8, resume=True, **args) == straight
+    copied = train(tmp_path / "copied", max_steps=5, ref_model_mixup_alpha=1.0, **flags)
+    kl = [row["kl"] for row in copied]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[2] > 1e-6
+    assert kl[3] == pytest.approx(0, abs=1e-6)
+    assert kl[4] > 1e-6
+
+
 @pytest.mark.slow
 def test_kill_then_resume_is_exact(tmp_path):
     flags = {
