@@ -24,7 +24,7 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import operator
 import os
 import queue
@@ -1148,7 +1148,7 @@ def collate(documents, device="cpu", share_prompts=False):
         tensor = torch.from_numpy(array)
         return tensor if on_cpu else tensor.pin_memory().to(device, non_blocking=True)
 
-    groups = group_documents(lengths, row_S, own_S) if on_cpu else None
+    groups = group_documents(lengths, shared_B, row_S) if on_cpu else None
     if not on_cpu and shared_B.any():
         groups = to_device(row_S), to_device(own_S.nonzero()[0])
     cu_seqlens = to_device(np.append(starts_B, len(ids_S)).astype(np.int32))
@@ -1177,31 +1177,32 @@ def collate(documents, device="cpu", share_prompts=False):
 LONG_DOCUMENT = 256  # tokens from which a document's attention is one call of its own on CPU
 
 
-def group_documents(lengths, row_S, own_S):
+def group_documents(lengths, shared_B, row_S):
     """Documents of similar length, to be attended in one batched call each on CPU (many tiny calls are slow).
 
-    row_S, own_S: as in `collate`. Returns [(n, L) positions in the row, each document padded at its end by
-    its last token], and for each position of the row its place in the flattened outputs of all groups.
-    Causality keeps padding at the end from being seen.
+    shared_B: how many tokens at a document's beginning are those of one before it. row_S: as in `collate`.
+    Returns [((n, L) positions in the row, each document padded at its end by its last token; how many of
+    them are shared, which are attended to and do not attend again), ...], and for each position of the row
+    its place in the flattened outputs of all groups. Causality keeps padding at the end from being seen.
     """
-    ends, groups = np.cumsum(lengths), []
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    ends, groups, order = np.cumsum(lengths), [], sorted(range(len(lengths)), key=lambda b: -lengths[b])
+    order = sorted(order, key=lambda b: shared_B[b])
     while order:
-        longest = lengths[order[0]]
-        n = sum(1 for index in order if lengths[index] >= 0.8 * longest) if longest < LONG_DOCUMENT else 1
-        groups.append(order[:n])
-        order = order[n:]
-    rows, back_S, offset = [], np.empty(ends[-1], np.int64), 0
+        shared, longest = shared_B[order[0]], lengths[order[0]]
+        alike = [b for b in order if shared_B[b] == shared and lengths[b] >= 0.8 * longest]
+        groups.append(alike if shared or longest < LONG_DOCUMENT else alike[:1])
+        order = order[len(groups[-1]) :]
+    rows, back_S, offset = [], np.full(ends[-1], -1), 0
     for group in groups:
-        width = lengths[group[0]]
-        starts = np.array([ends[index] - lengths[index] for index in group])[:, None]
-        last = np.array([ends[index] - 1 for index in group])[:, None]
-        rows.append(torch.from_numpy(row_S[np.minimum(starts + np.arange(width), last)]))
-        for line, index in enumerate(group):
-            begin = offset + line * width
-            back_S[ends[index] - lengths[index] : ends[index]] = np.arange(begin, begin + lengths[index])
-        offset += len(group) * width
-    return rows, torch.from_numpy(back_S[own_S])
+        length, shared = lengths[group[0]], int(shared_B[group[0]])
+        starts = np.array([ends[b] - lengths[b] for b in group])[:, None]
+        last = np.array([ends[b] - 1 for b in group])[:, None]
+        rows.append((torch.from_numpy(row_S[np.minimum(starts + np.arange(length), last)]), shared))
+        for b in group:
+            own = lengths[b] - shared
+            back_S[ends[b] - own : ends[b]] = np.arange(offset, offset + own)
+            offset += length - shared
+    return rows, torch.from_numpy(back_S[back_S >= 0])
 
 
 def varlen_attention(
@@ -1268,25 +1269,28 @@ def varlen_attention(
 @torch.compiler.disable
 def grouped_attention(query_THD, key_THD, value_THD, scaling, sliding_window, rows, back):
     """The CPU's varlen attention: one causal SDPA a group of documents. Shapes (T, H, D) and (T, H_kv, D)."""
-    outputs = []
-    for rows_GL in rows:
+    outputs, gqa = [], query_THD.shape[1] != key_THD.shape[1]
+    for rows_GL, shared in rows:
         n, length = rows_GL.shape
         start = int(rows_GL[0, 0])
         if n == 1 and int(rows_GL[0, -1]) - start == length - 1:  # a slice of the row, without a copy
             qkv = [tensor[None, start : start + length] for tensor in (query_THD, key_THD, value_THD)]
         else:
-            index = rows_GL.flatten()
+            indices = rows_GL[:, shared:], rows_GL, rows_GL
             qkv = [
-                tensor.index_select(0, index).unflatten(0, (n, length))
-                for tensor in (query_THD, key_THD, value_THD)
+                tensor.index_select(0, index.flatten()).unflatten(0, (n, -1))
+                for tensor, index in zip((query_THD, key_THD, value_THD), indices, strict=True)
             ]
-        q, k, v = (tensor.transpose(1, 2) for tensor in qkv)
         mask = None
-        if sliding_window is not None and length > sliding_window:
-            mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - sliding_window)
-        gqa = q.shape[1] != k.shape[1]
+        if shared or (sliding_window is not None and length > sliding_window):
+            mask = torch.ones(length - shared, length, dtype=torch.bool).tril(shared)
+            mask = mask if sliding_window is None else mask.triu(shared + 1 - sliding_window)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=gqa
+            *(tensor.transpose(1, 2) for tensor in qkv),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=gqa,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, back)
@@ -1740,6 +1744,13 @@ def load_reward(name, max_completion_length=None):
             f"--rewards {name} asks for `environments`; give the environment a `get_reward` instead"
         )
     return reward
+
+
+def prepare_workers():
+    """Begin to start the process that workers are forked from. It imports this module, which takes seconds,
+    while the caller goes on."""
+    multiprocessing.forkserver.set_forkserver_preload(["common"])
+    multiprocessing.forkserver.ensure_running()
 
 
 def serve_rewards(pipe, names, max_completion_length):

@@ -91,6 +91,7 @@ from common import (
     parse_source,
     play_episodes,
     prepare_data,
+    prepare_workers,
     split_batch,
 )
 
@@ -1712,6 +1713,7 @@ def main(args):
     # ---- Checks and data, before any process waits for another ----
     args = without_foreign_eval(args)
     check_shared_args(args)
+    prepare_workers()
     environment = EnvironmentWorker(args.environment, args.environment_timeout) if args.environment else None
     args = with_default_rewards(args, environment is not None and environment.has_reward)
     check_args(args)
@@ -1817,7 +1819,8 @@ def main(args):
         print(f"output    {output_dir}", flush=True)
     bar = tqdm(total=total_steps, initial=progress["step"], disable=rank != 0, unit="step")
 
-    unchecked = 2  # times that the engine gets weights: those of the beginning, and the first others
+    # Times that the engine gets weights: to vLLM those of the beginning, and to both the first others.
+    unchecked = 2 if servers else 1
 
     def with_engine(step, function, *given):
         """What function(*given) returns when the engine has the weights of `step`. Where that fails on any
