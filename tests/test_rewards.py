@@ -328,7 +328,9 @@ def test_reward_model_in_its_process(judge):
 
 # ---- Names, columns, runs --------------------------------------------------------------------------------------------
 
-KNOWN = "accuracy, choice, format, cosine, json-schema, overlong, regex, repetition, reward-model"
+KNOWN = (
+    "accuracy, choice, format, environment, cosine, json-schema, overlong, regex, repetition, reward-model"
+)
 
 
 @pytest.mark.parametrize(("name", "message"), [
