@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
@@ -350,26 +351,21 @@ class TestRealServer:
         """Its tokens say which weights they come from, and have the log-probs that those give."""
         before, after = policy_like(ASSETS / "model"), policy_like(ASSETS / "model", scale=0.05)
         engine = VLLMEngine([real], before, torch.float32)
-        engine.load_weights(before.named_parameters(), 10)
-        answers = []
         params = {"n": 1, "temperature": 1.0, "logprobs": 0, "max_tokens": 400, "seed": 1, "ignore_eos": True}
-
-        def long_request():
-            answers.append(
-                real.request(
-                    "POST", "inference/v1/generate", json={"token_ids": PROMPT, "sampling_params": params}
-                )
-            )
-
-        thread = threading.Thread(target=long_request)
-        thread.start()
-        time.sleep(0.3)
-        engine.model = after
-        engine.load_weights(after.named_parameters(), 11)
-        thread.join(60)
-        [found] = answers[0]["choices"]
-        spans = [(span["version"], span["start"], span["end"]) for span in found["weight_versions"]]
-        assert [version for version, _, _ in spans] == ["10", "11"], spans
+        body = {"token_ids": PROMPT, "sampling_params": params}
+        for version in range(10, 30, 2):  # until the weights come before the last token
+            engine.model = before
+            engine.load_weights(before.named_parameters(), version)
+            with ThreadPoolExecutor() as pool:
+                answer = pool.submit(real.request, "POST", "inference/v1/generate", json=body)
+                time.sleep(0.1)
+                engine.model = after
+                engine.load_weights(after.named_parameters(), version + 1)
+            [found] = answer.result()["choices"]
+            spans = [(int(span["version"]), span["start"], span["end"]) for span in found["weight_versions"]]
+            if len(spans) == 2:
+                break
+        assert [version for version, _, _ in spans] == [version, version + 1], spans
         logps = np.array([token["logprob"] for token in found["logprobs"]["content"]])
         rollout = common.Rollout(PROMPT, found["token_ids"], [], False)
         for model, (_, begin, end) in zip((before, after), spans, strict=True):
