@@ -17,8 +17,9 @@ tool wrote are attended to, and neither trained nor counted.
 
 Metrics: reward, reward_std (of a group, mean), rewards/<name>/mean and /std, frac_reward_zero_std (groups
 without a signal), failed_rewards, drawn_prompts; completions/mean_length, /min_length, /max_length,
-/mean_terminated_length, /clipped_ratio; entropy; kl; clip_ratio/low_mean, /high_mean, /region_mean (shares of
-tokens); sampling/sampling_logp_difference/mean and /max, sampling/importance_sampling_ratio/mean;
+/clipped_ratio, /mean_terminated_length, /min_... and /max_...; entropy; kl; clip_ratio/low_mean, /high_mean,
+/region_mean (shares of tokens), /low_min and /high_max (of a sample's); cispo_clip_ratio; vespo/phi_seq_mean;
+sampling/sampling_logp_difference/mean, /max; sampling/importance_sampling_ratio/mean, /min, /max;
 tools/call_frequency (a sample), tools/failure_frequency, turns/mean; generate_seconds (rewards included),
 train_seconds. Held-out: eval/reward, greedy, or the mean over --eval-generations samples, with eval/pass@k.
 
@@ -387,8 +388,9 @@ class Sampled(NamedTuple):
 
 
 def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
-    """Loss of a micro-batch of whole samples, a share of the step's; and what to log: name -> a sum over its
-    tokens, or a maximum. entropy_floor: tokens below it do not train the policy."""
+    """Loss of a micro-batch of whole samples, a share of the step's; which tokens train it; and what to log,
+    name -> sum over tokens, and name -> maximum over tokens or samples (of the negative, for a minimum).
+    entropy_floor: tokens below it do not train the policy."""
     advantage_N, documents_N = sampled.advantage_N, sampled.documents_N
     num_documents = int(documents_N.max()) + 1 if len(documents_N) else 0
     length_B = torch.bincount(documents_N, minlength=num_documents).clamp(min=1)
@@ -459,13 +461,26 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
         losses_N = losses_N + args.beta * (kl_N * ratio_N if args.use_bias_correction_kl else kl_N)
         sums["kl"] = kl_N
     is_low_N, is_high_N = (ratio_N < low) & (advantage_N < 0), (ratio_N > high) & (advantage_N > 0)
-    sums |= {"clip_ratio/low_mean": is_low_N, "clip_ratio/high_mean": is_high_N}
-    sums |= {"clip_ratio/region_mean": is_low_N | is_high_N, "entropy": stats.entropy_N}
-    sums |= {"sampling/sampling_logp_difference/mean": mismatch_N.abs()}
+    most_of = {
+        "sampling/sampling_logp_difference/max": mismatch_N.abs(),
+        "sampling/importance_sampling_ratio/max": correction_N,
+        "sampling/importance_sampling_ratio/min": -correction_N,
+    }
+    sums |= {"entropy": stats.entropy_N, "sampling/sampling_logp_difference/mean": mismatch_N.abs()}
     sums |= {"sampling/importance_sampling_ratio/mean": correction_N}
+    if args.loss_type in CLIPPED:
+        sums |= {"clip_ratio/low_mean": is_low_N, "clip_ratio/high_mean": is_high_N}
+        sums |= {"clip_ratio/region_mean": is_low_N | is_high_N}
+        most_of["clip_ratio/low_min"] = -sum_samples(is_low_N.to(logps_N)) / length_B
+        most_of["clip_ratio/high_max"] = sum_samples(is_high_N.to(logps_N)) / length_B
+    elif args.loss_type == "cispo":
+        sums["cispo_clip_ratio"] = is_high_N
+    elif args.loss_type == "vespo":
+        sums["vespo/phi_seq_mean"] = phi_N
     sums = {name: values_N.detach().float().sum() for name, values_N in sums.items()}
-    worst = mismatch_N.detach().abs().max() if len(mismatch_N) else logps_N.new_zeros(())
-    return (losses_N * sampled.weight_N).sum(), is_trained_N, sums, worst
+    none = logps_N.new_full((1,), -math.inf)
+    extremes = {name: torch.cat([values.detach(), none]).max() for name, values in most_of.items()}
+    return (losses_N * sampled.weight_N).sum(), is_trained_N, sums, extremes
 
 
 def clip_high(args):
@@ -1558,6 +1573,8 @@ def rollout_metrics(samples, reward_PG, args):
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": 1 - len(finished) / len(lengths),
         "completions/mean_terminated_length": float(np.mean(finished)) if finished else 0.0,
+        "completions/min_terminated_length": min(finished, default=0),
+        "completions/max_terminated_length": max(finished, default=0),
     }
     if args.environment:
         calls = sum(s.calls for s in samples)
@@ -1986,20 +2003,20 @@ def main(args):
             group["lr"] = learning_rate
 
         # ---- Forward and backward, micro-batch by micro-batch ----
-        totals, worst, micro_losses = Counter(), torch.zeros((), device=device), []
+        totals, extremes, micro_losses = Counter(), [], []
         for chosen in plan[rank]:
             if any_rank(caught_signals):
                 break
             some = [samples[i] for i in chosen]
             sampled = stack_tokens(some, weights_B[chosen], device)
             stats = unwrap(policy).token_stats(collate_samples(some, device, packing), args.temperature)
-            loss, is_trained_N, sums, mismatch = grpo_loss(stats, sampled, args, entropy_floor)
+            loss, is_trained_N, sums, most = grpo_loss(stats, sampled, args, entropy_floor)
             if args.entropy_coef:
                 entropy = (stats.entropy_N * is_trained_N).sum() / max(1, entropy_tokens)
                 loss = loss - args.entropy_coef * entropy
             (loss * world_size).backward()  # FSDP averages over ranks; this is a share of a global mean
             totals.update({"loss": loss.detach(), **sums})
-            worst = torch.maximum(worst, mismatch)
+            extremes.append(torch.stack([*most.values()]))
             micro_losses.append(loss.detach())
         if len(micro_losses) < len(plan[rank]):  # stopped by a signal: this step does not count
             break
@@ -2008,12 +2025,17 @@ def main(args):
         grad_norm = full(torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)).item()
         sums = torch.stack([torch.as_tensor(value, device=device) for value in totals.values()])
         dist.all_reduce(sums)
-        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        extremes = torch.stack(extremes).amax(0)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+        extremes = extremes.nan_to_num(neginf=0.0)  # a step without tokens
         metrics["loss"], *means = sums.tolist()
         metrics |= {
             name: value / max(1, step_tokens) for name, value in zip([*totals][1:], means, strict=True)
         }
-        metrics["sampling/sampling_logp_difference/max"] = worst.item()
+        metrics |= {
+            name: -value if name.endswith("min") else value
+            for name, value in zip(most, extremes.tolist(), strict=True)
+        }
         if not math.isfinite(metrics["loss"] + grad_norm):
             raise UserError(
                 f"step {step + 1}: the loss is {metrics['loss']}, the gradient norm {grad_norm}; nothing was "

@@ -232,7 +232,7 @@ def test_loss_and_gradient_equal_trls(name):
     floor = -math.inf
     if args.top_entropy_quantile < 1:
         floor = entropy_BT[chosen].float().quantile(1 - args.top_entropy_quantile).item()
-    loss, is_trained_N, sums, _ = grpo.grpo_loss(stats, sampled, args, floor)
+    loss, is_trained_N, sums, most = grpo.grpo_loss(stats, sampled, args, floor)
     if args.entropy_coef:
         loss = loss - args.entropy_coef * (stats.entropy_N * is_trained_N).sum() / is_trained_N.sum()
     loss.backward()
@@ -242,9 +242,20 @@ def test_loss_and_gradient_equal_trls(name):
     if args.entropy_coef:
         torch.testing.assert_close(ours[1].grad, theirs[1].grad)
     by_token = args.importance_sampling_level == "token"  # TRL's means are over sequences otherwise
-    for metric in ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/region_mean") if by_token else ():
-        if metric in metrics and metric in sums and not (metric == "kl" and args.use_bias_correction_kl):
-            assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
+    per_token = args.loss_type != "vespo" and by_token
+    means = {name for name in metrics if not name.endswith(("min", "max"))}
+    if args.use_bias_correction_kl:
+        means -= {"kl"}  # theirs is multiplied by the ratio
+    for metric in means & sums.keys() if per_token else ():
+        assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
+    if args.loss_type in grpo.CLIPPED:
+        assert -most["clip_ratio/low_min"].item() == pytest.approx(metrics["clip_ratio/low_min"][0], abs=1e-6)
+        assert most["clip_ratio/high_max"].item() == pytest.approx(
+            metrics["clip_ratio/high_max"][0], abs=1e-6
+        )
+    named = {"clip_ratio/", "cispo_clip_ratio", "vespo/phi_seq_mean"}
+    expected = {name for name in metrics if name.startswith(tuple(named))}
+    assert {name for name in {*sums, *most} if name.startswith(tuple(named))} == expected
 
 
 def test_the_variants_differ():
