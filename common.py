@@ -795,6 +795,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
                 f"the row has {len(completions)} completions and {len(ranks or scores)} ranks or scores; it "
                 "needs two or more, and one for each"
             )
+        if ranks and scores:
+            raise UserError("the row has `ranks` and `scores`; leave one of them out")
         if not all(map(is_number, ranks or scores)) or margin is not None or probability is not None:
             raise UserError("`ranks` or `scores` must be finite numbers, without `margin` and `probability`")
         ranks = ranks or [-score for score in scores]
@@ -1019,12 +1021,12 @@ def prepare_data(sources, encode, features, config=None, split="train", seed=0):
         extra = random.Random(f"{seed}:{number}").sample(kept, share)
         part = encoded.remove_columns(["dropped", "error", "unused"])
         part = part.select(kept * int(weight) + sorted(extra))  # each row as often as the weight is whole
-        parts.append(part.add_column("source", [path] * len(part)))
-    data = datasets.concatenate_datasets(parts)
-    if not len(data):
+        if len(part):
+            parts.append(part.add_column("source", [path] * len(part)))
+    if not parts:
         dropped = dict(report["dropped"])
         raise UserError(f"no row is left to train of {report['rows']} in {', '.join(sources)}: {dropped}")
-    return data, report
+    return datasets.concatenate_datasets(parts), report
 
 
 def encode_row(row, index, encode, names, is_text):

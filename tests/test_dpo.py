@@ -721,6 +721,7 @@ BAD_FLAGS = {
     "share without moving": ({"ref_model_mixup_alpha": 0.5}, r"needs --sync-ref-model"),
     "share of 0": ({"sync_ref_model": True, "ref_model_mixup_alpha": 0.0}, r"must be above 0 and at most 1"),
     "aot with dropout": ({"loss_type": ("aot",), "lora_rank": 4, "lora_dropout": 0.1}, r"set --lora-dropout 0"),
+    "all too long": ({"max_length": 4}, r"no row is left to train of 4000 in"),
     "pairs too long": ({"micro_batch_tokens": 20}, r"has \d+ tokens, more than --micro-batch-tokens 20; the smallest value that works"),
 }  # fmt: skip
 

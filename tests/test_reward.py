@@ -371,6 +371,7 @@ BAD_ROWS = {
     "no ranks": (THREE, r"the row has 3 completions and 0 ranks or scores"),
     "ranks of another number": ({**THREE, "ranks": [1, 2]}, r"3 completions and 2 ranks or scores; it needs two or more"),
     "one completion": ({"prompt": "a", "completions": ["b"], "ranks": [1]}, r"1 completions and 1 ranks"),
+    "ranks and scores": ({**THREE, "ranks": [1, 2, 3], "scores": [1, 2, 3]}, r"leave one of them out"),
     "ranks are text": ({**THREE, "ranks": ["a", "b", "c"]}, r"must be finite numbers"),
     "scores with a margin": ({**THREE, "scores": [1, 2, 3], "margin": 1}, r"without `margin` and `probability`"),
     "completions mixed": ({**THREE, "completions": ["b", [{"role": "assistant", "content": "c"}], "d"], "ranks": [1, 2, 3]}, r"must be all text or all messages"),
