@@ -40,7 +40,7 @@ def make_larger(directory):
     config = AutoConfig.from_pretrained(directory / "26M")
     config.hidden_size, config.intermediate_size, config.num_hidden_layers = 768, 3072, 9
     config.num_attention_heads = config.num_key_value_heads = 12
-    config.layer_types = None
+    config.layer_types = ["full_attention"] * config.num_hidden_layers
     AutoModelForCausalLM.from_config(config).save_pretrained(directory / "large")
     AutoTokenizer.from_pretrained(directory / "26M").save_pretrained(directory / "large")
 
