@@ -33,6 +33,7 @@ import re
 import shlex
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -2298,6 +2299,7 @@ def play_episodes(
             rollout.ids += more
             rollout.logps += [0.0] * len(more)
             rollout.mask += [False] * len(more)
+            rollout.versions += [-1] * len(more)
     end_episodes(groups, environment)
     return groups
 
@@ -2359,6 +2361,7 @@ def write_turn(engine, groups, turn, temperature, stop_ids):
         written.append((episode, rollout.prompt_ids + rollout.ids, piece))
         rollout.ids, rollout.logps = rollout.ids + piece.ids, rollout.logps + piece.logps
         rollout.mask, rollout.is_finished = rollout.mask + [True] * len(piece.ids), piece.is_finished
+        rollout.versions = rollout.versions + piece.versions
         episode.turns += 1
     return written
 
@@ -2395,6 +2398,8 @@ class Rollout:
     """Whether it ended by a stop token rather than by its length."""
     mask: list | None = None
     """Which of ids were sampled; None: all. The others are a tool's: `logps` is 0 there."""
+    versions: list = field(default_factory=list)
+    """The optimizer step whose weights sampled each of ids; -1 where none did."""
 
 
 class HFEngine:
@@ -2476,6 +2481,8 @@ class HFEngine:
             logits_SV = self.model(**inputs, attention_mask=None, use_cache=False, kv_cache=cache).logits[0]
             cache.length_S += 1
             cache.longest += 1
+        for rollout in rollouts:
+            rollout.versions = [self.version] * len(rollout.ids)
         return [rollouts[first : first + num_samples] for first in range(0, len(rollouts), num_samples)]
 
 
@@ -2616,6 +2623,7 @@ class VLLMServer:
         self.needs, self.log_path, self.gpus, self.timeout = needs, log_path, gpus, timeout
         self.is_owner, self.is_asleep, self.is_paused = is_owner, False, False
         self.process, self.sender, self.url, self.version = None, None, url, None
+        self.pause_seconds = 0.0  # in which requests were frozen for weights, in all
         if url is None:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -2727,12 +2735,23 @@ class VLLMServer:
                 self.request("POST", "wake_up")
             self.is_asleep = False
 
-    def load_weights(self, weights, version):
+    def has_lost(self, version):
+        """Whether it has died, or has other weights than `version`, as one that was started again has."""
+        if self.is_dead():
+            return True
+        try:
+            return self.request("GET", "weight_info", seconds=5)["weight_version"] != str(version)
+        except EngineError as error:  # a busy one is late; one of ours that has ended is dead
+            return self.process is None and isinstance(error.__cause__, httpx.ConnectError)
+
+    def load_weights(self, weights, version, keep_kv=False):
         """weights: name -> whole tensor in the server's dtype, named as in checkpoints. Requests that run are
-        frozen meanwhile, and go on with the new weights. All ranks that use an ipc server take part."""
-        deadline = time.monotonic() + self.timeout
+        frozen meanwhile, and go on with the new weights: what they hold of keys and values is computed again,
+        or kept. All ranks that use an ipc server take part."""
+        began = time.monotonic()
+        deadline = began + self.timeout
         if self.is_owner:
-            self.request("POST", "pause", params={"mode": "keep"})
+            self.request("POST", "pause", params={"mode": "keep", "clear_cache": not keep_kv})
             self.is_paused = True
         if self.is_owner or self.needs.transport == "ipc":
             if self.sender is None:
@@ -2740,9 +2759,11 @@ class VLLMServer:
             self.sender.send(weights, deadline)
         if self.is_owner:
             self.request("POST", "update_weight_version", json={"new_version": str(version)})
-            self.request("POST", "reset_prefix_cache")
+            if not keep_kv:
+                self.request("POST", "reset_prefix_cache")
             self.request("POST", "resume")
             self.is_paused = False
+            self.pause_seconds += time.monotonic() - began
             self.version = self.request("GET", "weight_info")["weight_version"]
             if self.version != str(version):
                 raise EngineError(f"the vLLM server {self.url} says {self.version} after it got {version}")
@@ -2862,19 +2883,36 @@ class VLLMSender:
         side_by_side(deadline, self.engine.send_weights)
 
 
+@functools.cache
+def tls_context():
+    """Made once: that reads all certificates."""
+    return ssl.create_default_context()
+
+
+def versions_of(choices):
+    """The labels of the weights that sampled some choices of a vLLM server."""
+    return {span["version"] for choice in choices for span in choice["weight_versions"]}
+
+
 class VLLMEngine:
     """Generation by vLLM servers: token ids in, token ids and log-probs out. As HFEngine, over HTTP."""
 
-    def __init__(self, servers, model, dtype):
-        """servers: those that this rank asks, in turn. model: whose weights they get, in `dtype`."""
+    def __init__(self, servers, model=None, dtype=None, in_flight=False, keep_kv=False):
+        """servers: those that this rank asks, the least busy first. model: whose weights they get, in
+        `dtype`. in_flight: requests go on while a trainer gives the servers weights, of whatever version; but
+        those of a server that was started again do not count. keep_kv: requests keep their keys and values
+        then; what is cached of prompts counts for one version only."""
         self.servers, self.model, self.dtype, self.version = servers, model, dtype, None
+        self.in_flight, self.keep_kv = in_flight, keep_kv
+        self.load = Counter()  # URL -> prompts that are there now
+        self.retries = Counter()  # why prompts were asked for again
 
     def load_weights(self, weights, version):
         """As HFEngine.load_weights, for all ranks at once: gathering `weights` may need them all."""
         weights = {name: weight.detach().to(self.dtype) for name, weight in weights}
         weights = revert_weight_conversion(self.model, weights)  # experts have other names in checkpoints
         for server in self.servers:
-            server.load_weights(weights, version)
+            server.load_weights(weights, version, self.keep_kv)
         self.version = version
 
     def generate(self, prompts, keys, num_samples, max_lengths, temperature, stop_ids):
@@ -2887,43 +2925,58 @@ class VLLMEngine:
         shared |= {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         shared |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "detokenize": False}
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=self.servers[0].timeout, limits=limits) as client:
+        tls = tls_context()
+        async with httpx.AsyncClient(verify=tls, timeout=self.servers[0].timeout, limits=limits) as client:
             requests = []
-            for index, (ids, key, length) in enumerate(zip(prompts, keys, max_lengths, strict=True)):
+            for ids, key, length in zip(prompts, keys, max_lengths, strict=True):
                 seed = int(np.random.default_rng(key).integers(2**62))  # vLLM adds 1 for each further sample
                 body = {"token_ids": ids, "sampling_params": {**shared, "max_tokens": length, "seed": seed}}
-                requests.append(self.ask(client, self.servers[index % len(self.servers)], body))
+                body |= {"cache_salt": f"version {self.version}"} if self.keep_kv else {}
+                server = min(self.servers, key=lambda server: self.load[server.url])
+                self.load[server.url] += 1
+                requests.append(self.ask(client, server, body))
             return await asyncio.gather(*requests)
 
     async def ask(self, client, server, body):
         """-> the Rollouts of one prompt. A server that fails is asked again until the deadline; one that says
         that the request is wrong is not."""
         deadline = time.monotonic() + server.timeout
-        while True:
-            try:
-                answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
-                problem = f"{answer.status_code}: {answer.text[:500]}"
-                if answer.status_code == 200:
-                    break
-                if answer.status_code < 500:
-                    raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
-            except httpx.HTTPError as error:
-                problem = repr(error)
-            if server.is_dead() or time.monotonic() > deadline:
-                raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")
-            await asyncio.sleep(0.5)
-        rollouts = []
-        for choice in answer.json()["choices"]:
-            versions = {span["version"] for span in choice["weight_versions"]}
-            if versions != {str(self.version)} and self.version is not None:
-                has = ", ".join(sorted(versions))
-                raise EngineError(f"the vLLM server {server.url} has weights {has}, not {self.version}")
-            if choice["finish_reason"] not in ("stop", "length"):
-                raise EngineError(f"the vLLM server {server.url} ended a sample: {choice['finish_reason']}")
-            logps = [token["logprob"] for token in choice["logprobs"]["content"]]
-            is_finished = choice["finish_reason"] == "stop"
-            rollouts.append(Rollout(body["token_ids"], choice["token_ids"], logps, is_finished))
-        return rollouts
+        try:
+            while True:
+                try:
+                    answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
+                    kind, problem = f"{answer.status_code}", f"{answer.status_code}: {answer.text[:500]}"
+                    if answer.status_code == 200:
+                        choices = answer.json()["choices"]
+                        kind = problem = "none of a trainer's weights"
+                        if not (self.in_flight and "default" in versions_of(choices)):
+                            return [self.read(server, body["token_ids"], choice) for choice in choices]
+                    elif answer.status_code < 500:
+                        raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
+                except httpx.HTTPError as error:
+                    kind, problem = type(error).__name__, repr(error)
+                if server.is_dead() or time.monotonic() > deadline:
+                    raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")
+                self.retries[kind] += 1
+                await asyncio.sleep(0.5)
+        finally:
+            self.load[server.url] -= 1
+
+    def read(self, server, prompt_ids, choice):
+        """A choice of a server's answer -> Rollout."""
+        found = versions_of([choice])
+        if not self.in_flight and found != {str(self.version)} and self.version is not None:
+            has = ", ".join(sorted(found))
+            raise EngineError(f"the vLLM server {server.url} has weights {has}, not {self.version}")
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EngineError(f"the vLLM server {server.url} ended a sample: {choice['finish_reason']}")
+        logps = [token["logprob"] for token in choice["logprobs"]["content"]]
+        versions = []
+        for span in choice["weight_versions"]:
+            version = -1 if span["version"] == "default" else int(span["version"])
+            versions += [version] * (span["end"] - span["start"])
+        is_finished = choice["finish_reason"] == "stop"
+        return Rollout(prompt_ids, choice["token_ids"], logps, is_finished, versions=versions)
 
     def recover(self):
         """Start again what we started and has died, wait for what has not; all need weights again."""

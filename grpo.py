@@ -1386,18 +1386,24 @@ def try_engine(function, *given):
 
 
 def check_engine(args, engine, model, row, stop_ids, device):
-    """UserError where the trainer gives other log-probs than the engine to what that samples. All ranks take
-    part."""
+    """Compare log-probs of a few samples of a row's prompt. All ranks take part."""
     asked = [row["input_ids"]], [(args.seed, 2**31)], 4, [16], args.temperature, stop_ids
     groups, problem = try_engine(engine.generate, *asked)
     if any_rank(problem):
         raise problem or UserError("the engine of another rank failed")
+    check_log_probs(args, groups[0], model, device)
+
+
+def check_log_probs(args, rollouts, model, device):
+    """UserError where the trainer gives other log-probs than the engine to what that sampled, with the
+    trainer's own weights. All ranks take part."""
     theirs, ours = [], []
-    for rollout in groups[0]:
-        ids = np.array(rollout.prompt_ids + rollout.ids)
-        batch = collate([(ids, np.arange(len(ids)) >= len(rollout.prompt_ids))], device)
+    for rollout in rollouts:
+        ids, mask = rollout.prompt_ids + rollout.ids, rollout.mask or [True] * len(rollout.ids)
+        document = np.array(ids), np.array([False] * len(rollout.prompt_ids) + mask)
         with torch.no_grad():
-            ours += model.token_stats(batch, args.temperature).logps_N.tolist()
+            stats = model.token_stats(collate([document], device), args.temperature)
+        ours += stats.logps_N.tolist()
         theirs += rollout.logps
     difference = np.abs(np.subtract(ours, theirs)).mean()
     bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
@@ -1426,6 +1432,8 @@ class Sample:
     """Which of ids the sampler drew, so which are trained; the others are a tool's."""
     logps: list
     """The sampler's, of those that it drew; all log-probs here are of those alone."""
+    versions: list
+    """The optimizer step whose weights drew each of those."""
     is_finished: bool
     rewards: list
     """A value for each reward, NaN where there is none."""
@@ -1442,18 +1450,29 @@ class Sample:
 def roll_out(
     args, engine, worker, play, tokenizer, rows, cursors, num_samples, temperature, stop_ids, task=0
 ):
-    """Sample and judge the prompts of some rows -> [[Sample, ...] of each], Counter of failed rewards.
+    """Sample and judge the prompts of some rows -> [[Sample, ...] of each], Counter of failed rewards."""
+    groups = sample(args, engine, play, rows, cursors, num_samples, temperature, stop_ids, task)
+    return judge(args, worker, tokenizer, rows, cursors, groups)
 
-    play: play_episodes with its keywords, or None without an environment; the samples of a prompt get one
-    seed, drawn from --seed, its cursor and `task`.
-    """
+
+def sample(args, engine, play, rows, cursors, num_samples, temperature, stop_ids, task=0):
+    """The prompts of some rows -> [[Rollout, ...] of each], or Episodes where `play`, play_episodes with its
+    keywords, is not None: the samples of a prompt get one seed, drawn from --seed, its cursor and `task`."""
     keys = [(args.seed, engine.version, cursor) for cursor in cursors]
-    columns = [json.loads(row["columns"]) for row in rows for _ in range(num_samples)]
-    judged, failures, counts = range(len(columns)), Counter(), [{}] * len(columns)
     if play is None:
         prompts, limits = [row["input_ids"] for row in rows], [args.max_completion_length] * len(rows)
-        groups = engine.generate(prompts, keys, num_samples, limits, temperature, stop_ids)
-        asked = [json.loads(row["prompt"]) for row in rows for _ in range(num_samples)]
+        return engine.generate(prompts, keys, num_samples, limits, temperature, stop_ids)
+    seeds = [int(np.random.SeedSequence((args.seed, c, task)).generate_state(1)[0]) for c in cursors]
+    return play(rows, keys, seeds, num_samples, temperature, stop_ids)
+
+
+def judge(args, worker, tokenizer, rows, cursors, groups):
+    """Rollouts or Episodes of some rows -> [[Sample, ...] of each], Counter of failed rewards."""
+    pairs = list(zip(rows, groups, strict=True))
+    columns = [json.loads(row["columns"]) for row, group in pairs for _ in group]
+    judged, failures, counts = range(len(columns)), Counter(), [{}] * len(columns)
+    if not args.environment:
+        asked = [json.loads(row["prompt"]) for row, group in pairs for _ in group]
         rollouts = [rollout for group in groups for rollout in group]
         texts = [tokenizer.decode(rollout.ids, skip_special_tokens=True) for rollout in rollouts]
         said = [
@@ -1461,8 +1480,6 @@ def roll_out(
             for prompt, text in zip(asked, texts, strict=True)
         ]
     else:
-        seeds = [int(np.random.SeedSequence((args.seed, c, task)).generate_state(1)[0]) for c in cursors]
-        groups = play(rows, keys, seeds, num_samples, temperature, stop_ids)
         episodes = [episode for group in groups for episode in group]
         asked, said = [e.prompt for e in episodes], [e.messages for e in episodes]
         rollouts = [e.rollout for e in episodes]
@@ -1476,17 +1493,17 @@ def roll_out(
     rewards_SR = np.full((len(rollouts), len(args.rewards)), np.nan)
     ids = [rollouts[i].ids for i in judged]
     rewards_SR[judged], failed = worker([asked[i] for i in judged], [said[i] for i in judged], ids, columns)
-    cursors = np.repeat(cursors, num_samples).tolist()
+    answered = [cursor for cursor, group in zip(cursors, groups, strict=True) for _ in group]
     samples = []
     for cursor, one, rewards, text, count in zip(
-        cursors, rollouts, rewards_SR.tolist(), texts, counts, strict=True
+        answered, rollouts, rewards_SR.tolist(), texts, counts, strict=True
     ):
         mask = [True] * len(one.ids) if one.mask is None else one.mask
-        logps = [logp for logp, is_sampled in zip(one.logps, mask, strict=True) if is_sampled]
-        own = (cursor, one.prompt_ids, one.ids, mask, logps, one.is_finished, rewards, text)
+        logps, versions = (list(itertools.compress(each, mask)) for each in (one.logps, one.versions))
+        own = (cursor, one.prompt_ids, one.ids, mask, logps, versions, one.is_finished, rewards, text)
         samples.append(Sample(*own, **count))
-    groups = [samples[first : first + num_samples] for first in range(0, len(samples), num_samples)]
-    return groups, failures + failed
+    samples = iter(samples)
+    return [[next(samples) for _ in group] for group in groups], failures + failed
 
 
 def gather_lists(mine):
