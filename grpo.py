@@ -1451,11 +1451,11 @@ def roll_out(
     args, engine, worker, play, tokenizer, rows, cursors, num_samples, temperature, stop_ids, task=0
 ):
     """Sample and judge the prompts of some rows -> [[Sample, ...] of each], Counter of failed rewards."""
-    groups = sample(args, engine, play, rows, cursors, num_samples, temperature, stop_ids, task)
+    groups = sample_groups(args, engine, play, rows, cursors, num_samples, temperature, stop_ids, task)
     return judge(args, worker, tokenizer, rows, cursors, groups)
 
 
-def sample(args, engine, play, rows, cursors, num_samples, temperature, stop_ids, task=0):
+def sample_groups(args, engine, play, rows, cursors, num_samples, temperature, stop_ids, task=0):
     """The prompts of some rows -> [[Rollout, ...] of each], or Episodes where `play`, play_episodes with its
     keywords, is not None: the samples of a prompt get one seed, drawn from --seed, its cursor and `task`."""
     keys = [(args.seed, engine.version, cursor) for cursor in cursors]
@@ -1504,6 +1504,42 @@ def judge(args, worker, tokenizer, rows, cursors, groups):
         samples.append(Sample(*own, **count))
     samples = iter(samples)
     return [[next(samples) for _ in group] for group in groups], failures + failed
+
+
+def rewards_of(groups):
+    """Groups of samples -> rewards_PGR."""
+    return torch.tensor([[s.rewards for s in group] for group in groups], dtype=torch.float64)
+
+
+def have_signal(groups, args):
+    """Whether each group's rewards differ, so that it teaches something."""
+    _, reward_PG = advantages(rewards_of(groups), args)
+    return (nanstd(reward_PG, 1).nan_to_num(0) > 1e-8).flatten().tolist()
+
+
+def set_advantages(groups, args):
+    """Give each sample its advantage, with --kl-in-reward less of a divergence from the reference."""
+    if not groups:
+        return
+    rewards_PGR = rewards_of(groups)
+    if args.kl_in_reward:
+        for p, group in enumerate(groups):
+            for g, s in enumerate(group):
+                rewards_PGR[p, g, 0] -= args.beta * (sum(s.old_logps or s.logps) - sum(s.ref_logps))
+    advantage_PG, _ = advantages(rewards_PGR, args)
+    for group, values in zip(groups, advantage_PG.tolist(), strict=True):
+        for s, value in zip(group, values, strict=True):
+            s.advantage = value
+
+
+def check_failures(step, failures, num_samples, args, problem):
+    """UserError where too many samples of a step have no reward; `problem`: what an exception said."""
+    if (share := sum(failures.values()) / num_samples) > args.max_failed_rewards:
+        raise UserError(
+            f"step {step}: the rewards of {share:.0%} of the samples failed ({dict(failures)}), more than "
+            f"--max-failed-rewards {args.max_failed_rewards}; mend the reward, or raise --reward-timeout. "
+            f"{problem}"
+        )
 
 
 def gather_lists(mine):
@@ -1605,6 +1641,19 @@ def rollout_metrics(samples, reward_PG, args):
     return metrics
 
 
+def eval_metrics(groups, args):
+    """Held-out metrics of --eval-generations samples of each prompt."""
+    k, rewards_PKR = args.eval_generations, rewards_of(groups)
+    weights_R = torch.tensor(args.reward_weights or (1.0,) * len(args.rewards), dtype=torch.float64)
+    reward_PK = (rewards_PKR * weights_R).nansum(2).masked_fill(rewards_PKR.isnan().all(2), math.nan)
+    metrics = {"eval/reward": reward_PK.nanmean().item()}
+    if k > 1:
+        best_P = reward_PK.nan_to_num(-math.inf).amax(1)
+        metrics[f"eval/pass@{k}"] = (best_P >= weights_R.sum()).double().mean().item()
+    lengths = [len(s.logps) for group in groups for s in group]
+    return metrics | {"eval/completions/mean_length": float(np.mean(lengths))}
+
+
 def finite(value):
     """For JSON, which has no NaN."""
     return None if math.isnan(value) else value
@@ -1628,6 +1677,17 @@ def show_samples(samples, tokenizer):
             text = text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
             lines += [f"    {name:<10} {text!r}"]
     return "\n".join(lines)
+
+
+def log_completions(path, step, samples, names, tokenizer):
+    """Append a step's samples to completions.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        for s in samples:
+            row = {"step": step, "version": min(s.versions, default=None)}
+            row |= {"prompt": tokenizer.decode(s.prompt_ids), "completion": s.text}
+            row |= {"rewards": dict(zip(names, map(finite, s.rewards), strict=True))}
+            row |= {"advantage": finite(s.advantage)}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def cut_completions(path, step):
@@ -1892,15 +1952,7 @@ def main(args):
         asked = args, engine, worker, play, tokenizer, rows, mine, k, temperature, stop_ids
         groups, _ = with_engine(step, roll_out, *asked, 1)
         groups = gather_lists(groups)
-        rewards_PKR = torch.tensor([[s.rewards for s in group] for group in groups], dtype=torch.float64)
-        weights_R = torch.tensor(args.reward_weights or (1.0,) * len(args.rewards), dtype=torch.float64)
-        reward_PK = (rewards_PKR * weights_R).nansum(2).masked_fill(rewards_PKR.isnan().all(2), math.nan)
-        metrics = {"eval/reward": reward_PK.nanmean().item()}
-        if k > 1:
-            best_P = reward_PK.nan_to_num(-math.inf).amax(1)
-            metrics[f"eval/pass@{k}"] = (best_P >= weights_R.sum()).double().mean().item()
-        lengths = [len(s.logps) for group in groups for s in group]
-        log.evals[step] = {**metrics, "eval/completions/mean_length": float(np.mean(lengths))}
+        log.evals[step] = eval_metrics(groups, args)
         log.write({"step": step, **log.evals[step]})
         bar.write(
             f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
@@ -1930,27 +1982,17 @@ def main(args):
                 new, failed = gather_lists(new), gather_lists([failed])
                 drawn += new
                 failures += sum(failed, Counter())
-                rewards_PGR = torch.tensor([[s.rewards for s in group] for group in new], dtype=torch.float64)
-                _, reward_PG = advantages(rewards_PGR, args)
-                has_signal = (nanstd(reward_PG, 1).nan_to_num(0) > 1e-8).flatten().tolist()
                 if args.zero_variance == "keep":
                     groups = new
                 else:
-                    groups += [group for group, signal in zip(new, has_signal, strict=True) if signal]
+                    groups += itertools.compress(new, have_signal(new, args))
                 if args.zero_variance != "replace":
                     break
             generate_seconds = time.perf_counter() - began
             samples = [s for group in drawn for s in group]
-            share = sum(failures.values()) / len(samples)
-            if share > args.max_failed_rewards:
-                problem = worker.problem or (environment.problem if environment else "")
-                raise UserError(
-                    f"step {step + 1}: the rewards of {share:.0%} of the samples failed ({dict(failures)}), "
-                    f"more than --max-failed-rewards {args.max_failed_rewards}; mend the reward, or raise "
-                    f"--reward-timeout. {problem}"
-                )
-            rewards_PGR = torch.tensor([[s.rewards for s in group] for group in drawn], dtype=torch.float64)
-            metrics |= rollout_metrics(samples, advantages(rewards_PGR, args)[1], args)
+            problem = worker.problem or (environment.problem if environment else "")
+            check_failures(step + 1, failures, len(samples), args, problem)
+            metrics |= rollout_metrics(samples, advantages(rewards_of(drawn), args)[1], args)
             metrics |= {"failed_rewards": sum(failures.values()), "drawn_prompts": len(drawn)}
             kept = [s for group in groups for s in group]
             plan = plan_samples(kept, world_size, args.micro_batch_tokens, packing)
@@ -1964,18 +2006,7 @@ def main(args):
                 old_logps, _ = recompute(unwrap(policy), kept, plan, device, packing, args.temperature)
                 for s, logps in zip(kept, old_logps, strict=True):
                     s.old_logps = logps
-            if groups:
-                rewards_PGR = torch.tensor(
-                    [[s.rewards for s in group] for group in groups], dtype=torch.float64
-                )
-                if args.kl_in_reward:
-                    for p, group in enumerate(groups):
-                        for g, s in enumerate(group):
-                            policy_logps = s.old_logps or s.logps
-                            rewards_PGR[p, g, 0] -= args.beta * (sum(policy_logps) - sum(s.ref_logps))
-                advantage_PG, _ = advantages(rewards_PGR, args)
-                for sample, advantage in zip(kept, advantage_PG.flatten().tolist(), strict=True):
-                    sample.advantage = advantage
+            set_advantages(groups, args)
             batch = [
                 s for s in kept
                 if not math.isnan(s.advantage) and (s.is_finished or not args.mask_truncated_completions)
@@ -1984,18 +2015,7 @@ def main(args):
             if args.eval_every and step % args.eval_every == 0:
                 bar.write(show_samples(samples, tokenizer))
             if rank == 0:
-                with open(output_dir / "completions.jsonl", "a", encoding="utf-8") as file:
-                    for s in samples:
-                        rewards = {
-                            name: finite(value) for name, value in zip(args.rewards, s.rewards, strict=True)
-                        }
-                        row = {
-                            "step": step + 1,
-                            "version": engine.version,
-                            "prompt": tokenizer.decode(s.prompt_ids),
-                        }
-                        row |= {"completion": s.text, "rewards": rewards, "advantage": finite(s.advantage)}
-                        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                log_completions(output_dir / "completions.jsonl", step + 1, samples, args.rewards, tokenizer)
 
         # ---- This step's samples: whole groups, in a new order in each pass ----
         train_began = time.perf_counter()
