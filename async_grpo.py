@@ -1752,7 +1752,7 @@ class Pacer:
 
 
 class SharedWeights:
-    """The trainer's newest weights, in memory that the first rank shares with the embedded engine's process."""
+    """The trainer's newest weights, in memory that the first rank shares with the embedded engine."""
 
     def __init__(self, weights, dtype):
         """weights: (name, whole tensor) pairs, as given to `write` later; all ranks take part."""

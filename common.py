@@ -1773,9 +1773,11 @@ def serve_rewards(pipe, names, max_completion_length):
             values = rewards[index](**arguments)
             if inspect.isawaitable(values):
                 values = asyncio.run(as_coroutine(values))
-            pipe.send(("ok", [None if value is None else float(value) for value in values]))
+            answer = "ok", [None if value is None else float(value) for value in values]
         except Exception as error:
-            pipe.send(("exception", f"{error!r}"))
+            answer = "exception", f"{error!r}"
+        with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile
+            pipe.send(answer)
 
 
 async def as_coroutine(awaitable):
