@@ -6,11 +6,17 @@ import json
 import os
 import random
 import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ASSETS, assert_same_curve, kill, read_metrics, run, start, wait_for_step, weights
+from conftest import ASSETS, ROOT, assert_same_curve, kill, read_metrics, run, start, wait_for_step, weights
+from test_vllm import server_processes
 
 from async_grpo import Pacer
 
@@ -235,3 +241,135 @@ def test_a_killed_rollout_process_is_started_again_once(tmp_path):
     assert "which is saved; mend it, then --resume" in output
     assert "Traceback" not in output
     check_prompts(tmp_path, max(row["step"] for row in read_metrics(tmp_path)))
+
+
+@pytest.mark.slow
+def test_a_reward_that_hangs_costs_its_samples_only(tmp_path):
+    reward = tmp_path / "reward.py"
+    reward.write_text(
+        "import time\n"
+        "def slow(prompts, completions, **_):\n"
+        "    if any('9+' in prompt[-1]['content'] for prompt in prompts):\n"
+        "        time.sleep(60)\n"
+        "    return [float(len(text[0]['content']) % 3) for text in completions]\n"
+    )
+    flags = [
+        *SHORT[:-1],
+        "3",
+        "--rewards",
+        f"{reward}:slow",
+        "--reward-timeout",
+        "1",
+        "--max-failed-rewards",
+        "0.9",
+    ]
+    done = run("async_grpo.py", *flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert sum(row["failed_rewards"] for row in rows) > 0
+
+
+@pytest.mark.slow
+def test_a_signal_saves_and_leaves_no_process(tmp_path):
+    process = start(
+        "async_grpo.py", *FLAGS, "--eval-dataset", "--max-steps", "4000", "--output-dir", tmp_path
+    )
+    rollouts = rollout_process(process)
+    wait_for_step(process, tmp_path, 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "which is saved" in output
+    assert list(tmp_path.glob("checkpoint-*"))
+    assert not Path(f"/proc/{rollouts}").exists()
+
+
+# ---- A simulated server: faults at a point that a real one cannot be told ------------------------------------
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def simulated_server(port, *flags):
+    words = [sys.executable, str(ROOT / "tests" / "simulated_vllm.py"), "--model", str(ASSETS / "model")]
+    return subprocess.Popen([*words, "--port", str(port), *map(str, flags)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("route", "after"), [("inference/v1/generate", 30), ("pause", 3), ("update_weights", 3), ("resume", 3)]
+)
+def test_a_server_that_dies_anywhere_gets_its_weights_again(tmp_path, route, after):
+    """It is started again, with the weights that it had at first, and the run goes on: no token of those is trained."""
+    port = free_port()
+    server = simulated_server(port, "--median-seconds", "0.05", "--die-at", route, "--die-after", after)
+    flags = [*FLAGS, "--eval-dataset", "--engine", "vllm", "--vllm-url", f"http://127.0.0.1:{port}"]
+    flags += ["--max-length", "256", "--max-steps", "8", "--max-staleness", "2", "--vllm-timeout", "60"]
+    process = start("async_grpo.py", *flags, "--output-dir", tmp_path)
+    try:
+        assert server.wait(timeout=120) == -signal.SIGKILL
+        server = simulated_server(port, "--median-seconds", "0.05")
+        output, _ = process.communicate(timeout=120)
+    finally:
+        server.kill()
+        process.kill()
+    assert process.returncode == 0, output
+    check_prompts(tmp_path, 8)
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert max(row["sample/staleness_max"] for row in rows) <= 2
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 0.2, (
+        "old weights were trained"
+    )
+
+
+# ---- Real servers ------------------------------------------------------------------------------------------
+
+needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: see the README's first lines")
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_run_with_a_real_server_survives_its_death_and_takes_it_along(tmp_path):
+    """The server that the script started is killed, and started again; the run, stopped by a signal, leaves none."""
+    flags = [*FLAGS, "--engine", "vllm", "--max-steps", "4000", "--max-staleness", "2", "--eval-every", "0"]
+    process = start("async_grpo.py", *flags, "--output-dir", tmp_path)
+    try:
+        wait_for_step(process, tmp_path, 3, timeout=240)
+        servers = server_processes(tmp_path)
+        assert servers
+        for pid in servers:
+            os.kill(pid, signal.SIGKILL)
+        wait_for_step(process, tmp_path, max(row["step"] for row in read_metrics(tmp_path)) + 5, timeout=240)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert not server_processes(tmp_path)
+    rows = [row for row in read_metrics(tmp_path) if "loss" in row]
+    assert max(row["sample/staleness_max"] for row in rows) <= 2
+    assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 0.2
+    check_prompts(tmp_path, rows[-1]["step"])
+
+
+# ---- The default runs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.learn
+@pytest.mark.parametrize("engine", ["hf", pytest.param("vllm", marks=[needs_vllm, pytest.mark.vllm])])
+def test_default_run_learns(tmp_path, engine):
+    began = time.time()
+    done = run(
+        "async_grpo.py", "--engine", engine, "--output-dir", tmp_path, "--wandb", "disabled", timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [row for row in read_metrics(tmp_path) if "eval/reward" in row]
+    assert 0.45 < rows[0]["eval/reward"] < 0.55
+    assert rows[-1]["eval/reward"] >= 0.85
+    if engine == "hf":
+        assert time.time() - began < 240 * float(os.environ.get("TIME_FACTOR", 1))

@@ -372,6 +372,41 @@ class TestRealServer:
             expected = trainer_logps(model, rollout)[begin:end]
             np.testing.assert_allclose(logps[begin:end], expected, atol=2e-4)
 
+    @pytest.mark.parametrize("keep_kv", [False, True])
+    def test_tokens_in_flight_carry_their_versions(self, real, keep_kv):
+        """As async_grpo.py's rollout process reads them. With keys and values computed again, log-probs are those that a
+        trainer's forward gives under the recorded weights; with kept ones they need not be, but for the first."""
+        models = policy_like(ASSETS / "model"), policy_like(ASSETS / "model", scale=0.05)
+        trainer = VLLMEngine([real], models[0], torch.float32, keep_kv=keep_kv)
+        sampler = VLLMEngine([VLLMServer(None, real.url)], in_flight=True, keep_kv=keep_kv)
+        for version in range(40, 60, 2):  # until the weights come before the last token
+            trainer.model = models[0]
+            trainer.load_weights(models[0].named_parameters(), version)
+            sampler.version = version
+            with ThreadPoolExecutor() as pool:
+                asked = [PROMPT] * 8, [(version, i) for i in range(8)], 1, [400] * 8, 1.0, []
+                answer = pool.submit(sampler.generate, *asked)
+                time.sleep(0.2)
+                trainer.model = models[1]
+                trainer.load_weights(models[1].named_parameters(), version + 1)
+            rollouts = [rollout for [rollout] in answer.result()]
+            mixed = [rollout for rollout in rollouts if len(set(rollout.versions)) == 2]
+            if mixed:
+                break
+        assert mixed
+        for rollout in mixed:
+            assert len(rollout.versions) == len(rollout.ids) == len(rollout.logps) == 400
+            assert rollout.versions == sorted(rollout.versions)
+            assert {*rollout.versions} == {version, version + 1}
+            is_old = np.array(rollout.versions) == version
+            old, new = (trainer_logps(model, rollout).numpy() for model in models)
+            logps = np.array(rollout.logps)
+            np.testing.assert_allclose(logps[is_old], old[is_old], atol=2e-4)
+            if not keep_kv:
+                np.testing.assert_allclose(logps[~is_old], new[~is_old], atol=2e-4)
+            else:
+                assert np.abs(logps - new)[~is_old].max() > 1e-3, "older keys and values were kept"
+
     def test_another_architecture_cannot_be_sent(self, real):
         teacher = policy_like(ASSETS / "teacher")
         engine = VLLMEngine([VLLMServer(NEEDS, real.url, timeout=30.0)], teacher, torch.float32)

@@ -1,0 +1,156 @@
+"""A server that answers as vLLM does, in the time that a GPU would take: its completions are real, their latency is not.
+
+    python tests/simulated_vllm.py --model tests/assets/model --port 8000 --median-seconds 0.5 --spread 1
+
+It samples with the embedded engine, has honest log-probs, takes weights by gloo, labels them, and answers a request after
+a latency drawn from a log-normal distribution by the request's seed; requests do not wait for each other. `--die-at ROUTE`
+ends it as kill -9 would when ROUTE is asked for the `--die-after`-th time. It holds the benchmark of asynchrony and the
+faults that a real server cannot be told to have; tests with real servers stand in test_vllm.py and test_async.py.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import HFEngine
+
+
+@dataclass(frozen=True)
+class Args:
+    model: str
+    port: int = 8000
+    max_model_len: int = 512
+    median_seconds: float = 0.0
+    """Median latency of a request."""
+    spread: float = 1.0
+    """Standard deviation of the logarithm of latencies."""
+    die_at: str = ""
+    die_after: int = 1
+
+
+class Server:
+    """What the routes share."""
+
+    def __init__(self, args):
+        model = AutoModelForCausalLM.from_pretrained(
+            args.model, dtype=torch.float32, attn_implementation="varlen"
+        )
+        self.args, self.engine, self.label, self.asked = args, HFEngine(model), "default", Counter()
+        self.lock, self.is_running = threading.Lock(), threading.Event()
+        self.is_running.set()
+
+    def answer(self, path, body):
+        """-> the JSON of an answer."""
+        self.asked[path] += 1
+        if path == self.args.die_at and self.asked[path] == self.args.die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        match path:
+            case "weight_info":
+                return {"weight_version": self.label}
+            case "get_world_size":
+                return {"world_size": 1}
+            case "server_info":
+                model = {
+                    "logprobs_mode": "processed_logprobs",
+                    "dtype": "torch.float32",
+                    "enable_sleep_mode": False,
+                }
+                model["max_model_len"] = self.args.max_model_len
+                scheduler, transfer = {"enable_chunked_prefill": False}, {"backend": "gloo"}
+                config = {
+                    "model_config": model,
+                    "weight_transfer_config": transfer,
+                    "scheduler_config": scheduler,
+                }
+                return {"vllm_config": config}
+            case "init_weight_transfer_engine":
+                info = body["init_info"]
+                timeout = timedelta(seconds=info["timeout"])
+                store = dist.TCPStore(
+                    info["host"], info["port"], info["world_size"], is_master=False, timeout=timeout
+                )
+                self.group = dist.ProcessGroupGloo(store, 1, info["world_size"], timeout)
+            case "update_weights":
+                info = body["update_info"]
+                for name, shape in zip(info["names"], info["shapes"], strict=True):
+                    weight = torch.empty(shape)
+                    self.group.broadcast(weight, 0).wait()
+                    self.engine.load_weights([(name, weight)], None)
+            case "update_weight_version":
+                self.label = body["new_version"]
+            case "pause":
+                with self.lock:  # not in the midst of a completion
+                    self.is_running.clear()
+            case "resume":
+                self.is_running.set()
+            case "inference/v1/generate":
+                return self.generate(body["token_ids"], body["sampling_params"])
+        return {}
+
+    def generate(self, ids, params):
+        seed, began = params.get("seed", 0), time.monotonic()
+        key, stops = [(seed,)], params.get("stop_token_ids", [])
+        temperature = params.get("temperature", 1.0)
+        self.is_running.wait()
+        with self.lock:
+            [group] = self.engine.generate(
+                [ids], key, params.get("n", 1), [params["max_tokens"]], temperature, stops
+            )
+            label = self.label
+        latency = self.args.median_seconds * random.Random(seed).lognormvariate(0, self.args.spread)
+        time.sleep(max(0.0, began + latency - time.monotonic()))
+        return {
+            "choices": [
+                {
+                    "token_ids": rollout.ids,
+                    "weight_versions": [{"version": label, "start": 0, "end": len(rollout.ids)}],
+                    "finish_reason": "stop" if rollout.is_finished else "length",
+                    "logprobs": {"content": [{"logprob": logp} for logp in rollout.logps]},
+                }
+                for rollout in group
+            ]
+        }
+
+
+def main(args):
+    server = Server(args)
+    torch.set_num_threads(1)
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self):
+            body = self.rfile.read(int(self.headers.get("content-length", 0)))
+            said = server.answer(self.path.lstrip("/").partition("?")[0], json.loads(body or "null"))
+            text = json.dumps(said).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST = answer
+
+        def log_message(self, *_):
+            pass
+
+    class Listener(ThreadingHTTPServer):
+        request_queue_size, daemon_threads = 512, True
+
+    Listener(("127.0.0.1", args.port), Handler).serve_forever()
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
