@@ -57,6 +57,7 @@ import torch.nn.functional as F
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -1254,7 +1255,12 @@ def make_reference(args, policy, dtype):
             for weight in reference.parameters():
                 weight.data = weight.data.to(dtype)
         return reference
-    if adapter_config(args):
+    if given := adapter_config(args):
+        if given.bias != "none":
+            raise UserError(
+                f"--model {args.model} is an adapter that trains the base's biases ({given.bias}), which its "
+                "reference would share; add --precompute-ref-log-probs"
+            )
         policy.load_adapter(args.model, "reference")
         return "reference"
     return ""
@@ -1262,17 +1268,20 @@ def make_reference(args, policy, dtype):
 
 @contextmanager
 def adapter(policy, name):
-    """Compute with the adapter `name` ("" is none) for a while. PEFT's own way changes requires_grad, which
-    FSDP has read by then."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    """Compute with the adapter `name` ("" is none), without its dropout, for a while. PEFT's own way changes
+    requires_grad, which FSDP has read by then."""
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper  # the latter holds what is trained whole, as embeddings
+    layers = [module for module in policy.modules() if isinstance(module, kinds)]
+    before = [(layer._active_adapter, layer._disable_adapters, layer.training) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [name], not name
+        layer.eval()
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled, training) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            layer.train(training)
 
 
 def forward_pairs(model, documents, device, packing, **wanted):
@@ -1482,9 +1491,7 @@ def main(args):
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = make_optimizer(args, parameters)
     packing = self_check(policy, device, dtype)  # not before: a forward leaves FSDP's root unsharded
-    moving = (
-        {"reference": reference} if args.sync_ref_model else {}
-    )  # what checkpoints hold beside the policy
+    moving = {"reference": reference} if args.sync_ref_model else {}  # in checkpoints, beside the policy
 
     # ---- Output directory, precomputed reference, resume, report ----
     output_dir = choose_output_dir(args)
@@ -1524,11 +1531,8 @@ def main(args):
         print(f"pairs     {pairs_report}")
         if args.eval_dataset:
             describe("held out", eval_data, eval_report, eval_tokens)
-        rows = (
-            f"rows of up to {args.micro_batch_tokens} tokens"
-            if packing != "alone"
-            else "one completion a row"
-        )
+        rows = f"rows of up to {args.micro_batch_tokens} tokens"
+        rows = "one completion a row" if packing == "alone" else rows
         print(f"steps     {total_steps} of {args.batch_size} pairs ({steps_per_epoch} an epoch), in {rows}")
         print(f"example   row {data[0]['row']} of {data[0]['source']}; completions stand in [[ ]]:")
         for side, (ids, mask) in zip(("chosen", "rejected"), pair_documents(arrays, [0]), strict=True):

@@ -60,6 +60,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -1301,17 +1302,20 @@ def copy_reference(args, policy, dtype):
 
 @contextmanager
 def adapter(policy, name):
-    """Compute with the adapter `name` ("" is none) for a while. PEFT's own way changes requires_grad, which
-    FSDP has read by then."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    """Compute with the adapter `name` ("" is none), without its dropout, for a while. PEFT's own way changes
+    requires_grad, which FSDP has read by then."""
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper  # the latter holds what is trained whole, as embeddings
+    layers = [module for module in policy.modules() if isinstance(module, kinds)]
+    before = [(layer._active_adapter, layer._disable_adapters, layer.training) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [name], not name
+        layer.eval()
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled, training) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            layer.train(training)
 
 
 @torch.no_grad()

@@ -1205,11 +1205,8 @@ def main(args):
         print(f"rows      {pairs_report}")
         if args.eval_dataset:
             describe("held out", eval_data, eval_report, eval_tokens)
-        rows = (
-            f"rows of up to {args.micro_batch_tokens} tokens"
-            if packing != "alone"
-            else "one completion a row"
-        )
+        rows = f"rows of up to {args.micro_batch_tokens} tokens"
+        rows = "one completion a row" if packing == "alone" else rows
         print(f"steps     {total_steps} of {args.batch_size} rows ({steps_per_epoch} an epoch), in {rows}")
         print(
             f"example   row {data[0]['row']} of {data[0]['source']}, best first; completions stand in [[ ]]:"

@@ -24,6 +24,7 @@ from conftest import (
     weights,
     write_rows,
 )  # fmt: skip
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -358,6 +359,42 @@ def test_first_step_is_ln_2_and_the_reference_stays(tmp_path, ragged, trained, p
     )  # rewards are differences to the start
     assert end["eval/rewards/chosen"] == pytest.approx(moved, rel=1e-3, abs=1e-4)
     assert abs(moved) > 1e-3
+
+
+def other_adapter(path, **config):
+    """An adapter that PEFT made."""
+    base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    policy = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    )
+    with_noise(policy, 1, 0.02).save_pretrained(path)
+    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(path)
+    return str(path)
+
+
+def test_a_continued_adapters_reference_is_all_of_it_and_has_no_dropout(tmp_path, ragged, monkeypatch):
+    """As precomputed: nothing of what the adapter trains whole is the policy's, nor is its own dropout at work."""
+    monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = {"dataset": ragged, "lora_rank": 4, "learning_rate": 1e-2, "batch_size": 21}
+    flags["model"] = other_adapter(
+        tmp_path / "given", lora_dropout=0.5, modules_to_save=["embed_tokens", "norm"]
+    )
+    live = train(tmp_path / "live", **flags)
+    assert live[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    computed = train(tmp_path / "computed", precompute_ref_log_probs=True, **flags)
+    for curve in (live, computed):
+        assert curve[-1]["rewards/margins"] != pytest.approx(0, abs=1e-2)
+        del curve[0]["rewards/accuracies"]  # the signs of margins that are rounding
+    assert_same_curve(live, computed, rtol=1e-3)
+
+
+def test_an_adapter_that_trains_biases_has_no_reference_beside_it(tmp_path, ragged, monkeypatch):
+    monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = {"dataset": ragged, "lora_rank": 4, "model": other_adapter(tmp_path / "given", bias="all")}
+    first = train(tmp_path / "computed", precompute_ref_log_probs=True, **flags)[0]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    with pytest.raises(UserError, match=r"trains the base's biases \(all\).*add --precompute-ref-log-probs"):
+        train(tmp_path / "live", **flags)
 
 
 def test_precomputed_log_probs_are_those_of_the_copy_and_are_kept(tmp_path, ragged, capsys, monkeypatch):
