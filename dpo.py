@@ -1350,9 +1350,11 @@ def precompute_logps(args, policy, data, plan, device, packing, key):
     return table_R2
 
 
-def weights_digest(policy):
-    """A hash of all weights, of an unsharded model."""
-    digest = hashlib.sha256()
+def model_digest(policy):
+    """A hash of what an unsharded model computes with: its config, weights, and the scales of its adapter."""
+    config = {**unwrap(policy).config.to_dict(), "_name_or_path": ""}
+    scales = [layer.scaling for layer in policy.modules() if isinstance(layer, BaseTunerLayer)]
+    digest = hashlib.sha256(f"{config} {scales}".encode())
     for name, weight in policy.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -1482,7 +1484,7 @@ def main(args):
     data_digest = rows_digest(data)
     check_same_data(data_digest, rows_digest(eval_data) if args.eval_dataset else None)
     policy = load_policy(args, config, device)
-    given_weights = weights_digest(policy) if args.precompute_ref_log_probs else None
+    given_model = model_digest(policy) if args.precompute_ref_log_probs else None
     reference = make_reference(args, policy, dtype)
     models = [policy, reference] if isinstance(reference, torch.nn.Module) else [policy]
     for each in models:
@@ -1508,7 +1510,7 @@ def main(args):
         )
     if args.precompute_ref_log_probs:
         plan = split_batch(lengths.tolist(), world_size, args.micro_batch_tokens, packing == "alone")
-        key = given_weights, str(dtype), args.attention, args.ld_alpha
+        key = given_model, str(dtype), args.attention, args.ld_alpha
         reference = precompute_logps(args, policy, arrays, plan, device, packing, (*key, data_digest))
         if args.eval_dataset:
             key = (*key, rows_digest(eval_data))

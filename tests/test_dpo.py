@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -408,13 +409,34 @@ def test_precomputed_log_probs_are_those_of_the_copy_and_are_kept(tmp_path, ragg
     assert "computed, and kept in" in capsys.readouterr().out
     assert train(tmp_path / "read", dataset=ragged, precompute_ref_log_probs=True)[1:] == computed[1:]
     assert "read from" in capsys.readouterr().out
-    # Whatever changes them has a file of its own: a flag, the data, the weights.
+    # Whatever changes them has a file of its own: a flag, the data, the weights, the config, an adapter's scale.
     train(tmp_path / "flag", dataset=ragged, precompute_ref_log_probs=True, ld_alpha=0.5)
     train(tmp_path / "data", dataset=ragged, precompute_ref_log_probs=True, max_length=60)
     other = str(tmp_path / "copied" / "final")
     train(tmp_path / "weights", dataset=ragged, precompute_ref_log_probs=True, model=other)
+    edited, given = (
+        shutil.copytree(ASSETS / "model", tmp_path / "edited"),
+        other_adapter(tmp_path / "adapter"),
+    )
+    text = (edited / "config.json").read_text()
+    (edited / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+    train(tmp_path / "config", dataset=ragged, precompute_ref_log_probs=True, model=str(edited))
+    for alpha in (8, 80):
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {
+            "lora_alpha": alpha
+        }
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        train(tmp_path / f"{alpha}", dataset=ragged, precompute_ref_log_probs=True, model=given, lora_rank=4)
     assert "read from" not in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").rglob("reference-*.npy"))) == 4
+    assert len(list((tmp_path / "cache").rglob("reference-*.npy"))) == 7
+    # Under another path it is the same model.
+    train(
+        tmp_path / "moved",
+        dataset=ragged,
+        precompute_ref_log_probs=True,
+        model=str(edited.rename(tmp_path / "m")),
+    )
+    assert "read from" in capsys.readouterr().out
 
 
 def test_reference_free(tmp_path, ragged):
