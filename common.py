@@ -775,9 +775,10 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
     """A row as for encode_preference, or with `completions` and their `ranks` (1 is best) or `scores` (the
     highest is best) -> RANKING_FEATURES.
 
-    The same for any number of documents, the best first. ranks: one for each, where smaller is better and
-    equal ones are not compared. margin: by how much a chosen score should be above the rejected one, 0
-    without such a column. probability: that the chosen side wins, -1 without.
+    The same for any number of documents, the best first. ranks: the place of each, from 0; those that tie
+    have the same. margin: by how much the first of two should score above the second, 0 without such a
+    column. probability: that the first of two wins, -1 without. It is chosen, but where the row gives it less
+    than a half: then the sides change places and the margin its sign, which says the same.
     """
     margin, probability = row.get("margin"), row.get("probability")
     if row.get("completions") is None:
@@ -787,6 +788,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
             raise UserError(f"`probability` is {excerpt(probability)}, not a number from 0 to 1")
         ranks, sides = [0.0, 1.0], {name: row.get(name) for name in ("chosen", "rejected")}
         used, tied = ("chosen", "rejected", "margin", "probability"), False
+        if probability is not None and probability < 0.5:
+            sides, margin, probability = dict(reversed(sides.items())), -(margin or 0.0), 1 - probability
     else:
         completions = read_json_column(row, "completions", list) or []
         ranks, scores = (read_json_column(row, name, list) or [] for name in ("ranks", "scores"))
@@ -802,7 +805,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
         ranks = ranks or [-score for score in scores]
         places = sorted(range(len(ranks)), key=ranks.__getitem__)
         sides = {f"completions[{place}]": completions[place] for place in places}
-        ranks = [float(ranks[place]) for place in places]
+        levels = sorted(set(ranks))  # the loss needs no more than places, and float32 would round numbers
+        ranks = [float(levels.index(ranks[place])) for place in places]
         used, tied = ("completions", "ranks", "scores"), ranks[0] == ranks[-1]
         margin, probability = 0.0, None
     reason = "all completions tie" if tied else ""
@@ -812,7 +816,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that float32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, dropped=""):

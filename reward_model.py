@@ -3,7 +3,7 @@
 What is learnt, and where implementations differ:
 1. Pairs: Bradley-Terry (arXiv:2203.02155 eq. 1), -log sigmoid(score_w - score_l - margin), divided by the
    rows of the whole step over all ranks. Where a row has a `probability` that the chosen side wins, and with
-   --label-smoothing, it is the expected loss over both outcomes.
+   --label-smoothing, it is the expected loss over both outcomes; the likelier side counts as the better one.
 2. Rankings of K completions: Plackett-Luce, the likelihood of picking the best, then the best of the rest,
    and so on. Completions that tie are not compared.
 3. A completion's score is read at its last token, known from its length: there is no padding here. final/ has
@@ -285,7 +285,8 @@ def heldout_metrics(scores_RK, rankings, targets_RK, args):
     metrics["std_reward"] = scores_RK[rankings.ranks_RK.isfinite()].std(correction=0).item()
     gap_M, (row_M, better_M, worse_M) = compared_pairs(scores_RK, rankings)
     metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(metrics["accuracy"], len(gap_M))
-    metrics["calibration_error"] = calibration_error(gap_M)
+    wins_M = torch.where(rankings.probability_R < 0, 1.0, rankings.probability_R)[row_M]
+    metrics["calibration_error"] = calibration_error(gap_M, wins_M)
     longer_M = targets_RK[row_M, better_M] - targets_RK[row_M, worse_M]
     buckets = {"shorter": longer_M < 0, "same_length": longer_M == 0, "longer": longer_M > 0}
     for name, bucket_M in buckets.items():
@@ -301,11 +302,12 @@ def wilson_interval(share, n):
     return (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
 
 
-def calibration_error(gap_M, bins=10):
-    """Expected calibration error (arXiv:1706.04599 eq. 3) of the favourite's probability to win."""
+def calibration_error(gap_M, wins_M, bins=10):
+    """Expected calibration error (arXiv:1706.04599 eq. 3) of the favourite's probability to win. wins_M: the
+    data's probability that the better side wins."""
     confidence_M = torch.sigmoid(gap_M.abs())  # from 1/2 to 1
     bin_M = ((confidence_M - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    error_M = (gap_M > 0).double() - confidence_M
+    error_M = torch.where(gap_M > 0, wins_M, 1 - wins_M).double() - confidence_M
     error_of_bins = error_M.new_zeros(bins).index_add_(0, bin_M, error_M)
     return error_of_bins.abs().sum().item() / len(gap_M)
 

@@ -178,7 +178,14 @@ def test_calibration_error():
     logits_M = 2 * torch.randn(20000, generator=generator)
     wins_M = torch.rand(20000, generator=generator) < torch.sigmoid(logits_M)
     gap_M = torch.where(wins_M, logits_M, -logits_M)  # of the side that won
-    assert rm.calibration_error(gap_M) < 0.02
+    ones_M = torch.ones(20000)
+    assert rm.calibration_error(gap_M, ones_M) < 0.02
+    # Where the data says how likely each is to win, that is what is hit or missed, whoever is the favourite.
+    assert rm.calibration_error(logits_M, torch.sigmoid(logits_M)) < 1e-6
+    missed_M = torch.sigmoid(2 * logits_M.abs()) - torch.sigmoid(logits_M.abs())
+    assert rm.calibration_error(2 * logits_M, torch.sigmoid(logits_M)) == pytest.approx(
+        missed_M.mean().item(), rel=1e-3
+    )
     confidence_M, right_M = torch.sigmoid(2 * gap_M.abs()), (gap_M > 0).float()
     expected = 0.0
     for index in range(10):
@@ -189,7 +196,7 @@ def test_calibration_error():
                 inside.float().mean().item()
                 * abs(right_M[inside].mean() - confidence_M[inside].mean()).item()
             )
-    assert rm.calibration_error(2 * gap_M) == pytest.approx(expected, rel=1e-3)
+    assert rm.calibration_error(2 * gap_M, ones_M) == pytest.approx(expected, rel=1e-3)
     assert expected > 0.05
 
 
@@ -352,17 +359,43 @@ def test_rankings_are_sorted_best_first():
     row = {"prompt": "1+1=", "completions": ["4", "2", "3"]}
     by_rank = encode_ranking({**row, "ranks": [3, 1, 2]}, tokenizer)
     by_score = encode_ranking({**row, "scores": [-2, 0, -1]}, tokenizer)
-    for found, ranks in ((by_rank, [1, 2, 3]), (by_score, [0, 1, 2])):
+    close = encode_ranking(
+        {**row, "scores": [-1e38, 16777217, 16777216]}, tokenizer
+    )  # float32 has not the like
+    for found in (by_rank, by_score, close):
         ends = np.cumsum(found["lengths"])[:-1]
         texts = [tokenizer.decode(part) for part in np.split(np.array(found["input_ids"]), ends)]
         assert texts == ["1+1=2<|im_end|>", "1+1=3<|im_end|>", "1+1=4<|im_end|>"]
-        assert found["ranks"] == ranks
+        assert found["ranks"] == [0, 1, 2]
         assert not found["unused"]
+    assert encode_ranking({**row, "scores": [0.5, 7, 0.5]}, tokenizer)["ranks"] == [0, 1, 1]
     tied = encode_ranking({**row, "scores": [1, 1, 1]}, tokenizer)
     assert (tied["dropped"], tied["ranks"]) == ("all completions tie", [])
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    assert encode_ranking({**pair, "margin": 2, "probability": 0.25}, tokenizer)["margin"] == 2.0
     assert encode_ranking(pair, tokenizer)["probability"] == -1.0
+    # Whichever side a row calls chosen, the likelier one is the better one.
+    likely = encode_ranking({**pair, "margin": 2, "probability": 0.75}, tokenizer)
+    assert (likely["margin"], likely["probability"]) == (2.0, 0.75)
+    turned = {"prompt": "a", "chosen": "c", "rejected": "b", "margin": -2, "probability": 0.25}
+    assert encode_ranking(turned, tokenizer) == likely
+
+
+def test_soft_labels_say_the_same_either_way_round(tmp_path, capsys):
+    """Rows that call the likelier side rejected train and measure as those that call it chosen."""
+    rows = [{"prompt": f"1+{i}=", "chosen": "2", "rejected": "34", "probability": 0.75} for i in range(9)]
+    turned = [{**row, "chosen": "34", "rejected": "2", "probability": 0.25} for row in rows]
+    curves = []
+    for name, some in (("rows", rows), ("turned", turned)):
+        path = write_rows(tmp_path / f"{name}.jsonl", some)
+        curves.append(train(tmp_path / name, dataset=path, eval_dataset=(path,)))
+    assert curves[0] == curves[1]
+    assert "eval/accuracy_shorter" in curves[0][0]
+    assert "eval/accuracy_longer" not in curves[0][0]
+    capsys.readouterr()
+    both = [*rows, *turned, {**rows[0], "probability": 0.2}]
+    train(tmp_path / "both", dataset=write_rows(tmp_path / "both.jsonl", both), max_steps=1)
+    assert "2 contradictory" not in (said := capsys.readouterr().out)
+    assert "3 contradictory" in said  # rows 1 and 10, which agree, with the last
 
 
 THREE = {"prompt": "a", "completions": ["b", "c", "d"]}
@@ -375,6 +408,8 @@ BAD_ROWS = {
     "ranks are text": ({**THREE, "ranks": ["a", "b", "c"]}, r"must be finite numbers"),
     "scores with a margin": ({**THREE, "scores": [1, 2, 3], "margin": 1}, r"without `margin` and `probability`"),
     "completions mixed": ({**THREE, "completions": ["b", [{"role": "assistant", "content": "c"}], "d"], "ranks": [1, 2, 3]}, r"must be all text or all messages"),
+    "a score beyond all floats": ({**THREE, "scores": [1, 2, 10**400]}, r"must be finite numbers"),
+    "a margin beyond float32": ({**PAIR, "margin": 1e39}, r"`margin` is 1e\+39, not a finite number"),
     "margin is text": ({**PAIR, "margin": "x"}, r"`margin` is \"x\", not a finite number"),
     "probability above 1": ({**PAIR, "probability": 1.5}, r"`probability` is 1.5, not a number from 0 to 1"),
     "identical": ({**PAIR, "rejected": "b"}, r"\{'identical sides': 1\}"),
