@@ -939,41 +939,57 @@ def score_check(policy, device, dtype):
     """Compare scores with the model's own, of short documents -> what they bear: standing in one row
     ("packed"), and with a prompt that they share ("shared"), or neither ("alone").
 
-    Raises UserError if those of a document alone differ: then `scores` does not know the architecture's head.
+    Raises UserError if those of a document alone differ: then `scores` does not know the architecture's head;
+    or if tokens see later ones: then the architecture does not honour --attention.
     """
     model, tolerance = unwrap(policy), 1e-3 if dtype == torch.float32 else 0.2
     text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randint(text.vocab_size, (n,), generator=generator).numpy() for n in (7, 12)]
-    pair = [np.where(ids == text.pad_token_id, (ids + 1) % text.vocab_size, ids) for ids in pair]
-    branches = [pair[0], np.append(pair[0][:4], pair[1])]
+    first, second = (np.where(ids == text.pad_token_id, (ids + 1) % text.vocab_size, ids) for ids in pair)
+    other, branch = (first + 1) % text.vocab_size, np.append(first[:4], second)
+    sibling, longer = np.append(first[:4], other[4:]), np.append(second, first[0])
 
-    def score(*documents, share_prompts=False):
-        documents = [(ids, np.arange(len(ids)) >= 4) for ids in documents]
-        return model.scores(collate(documents, device, share_prompts))
+    def score(*documents, share_prompts=False, earlier=0):
+        batch = collate([(ids, np.arange(len(ids)) >= 4) for ids in documents], device, share_prompts)
+        batch.last_B -= earlier
+        return model.scores(batch)
 
-    def own(ids):
-        return model(input_ids=torch.from_numpy(ids).to(device)[None], use_cache=False).logits[0].float()
+    def own(*documents):
+        rows = [torch.from_numpy(ids).to(device)[None] for ids in documents]
+        return torch.cat([model(input_ids=ids_BT, use_cache=False).logits[0].float() for ids_BT in rows])
+
+    def largest(error_B):
+        return error_B.abs().max().item()
 
     policy.eval()
-    expected_B, expected_shared_B = (torch.cat([own(ids) for ids in some]) for some in (pair, branches))
-    errors = {
-        "alone": torch.cat([score(ids) for ids in pair]) - expected_B,
-        "packed": score(*pair) - expected_B,
-        "shared": score(*branches, share_prompts=True) - expected_shared_B,
-    }
-    policy.train()
-    errors = {packing: error_B.abs().max().item() for packing, error_B in errors.items()}
-    if errors["alone"] > tolerance:
+    try:
+        alone_B = torch.cat([score(first), score(second)])
+    except (AttributeError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"{text.model_type}: scores from hidden states differ from its own by {errors['alone']:.3g}; its "
+            f"{text.model_type} is built in a way that `scores` does not know: {error!r}"
+        ) from error
+    if (error := largest(alone_B - own(first, second))) > tolerance:
+        raise UserError(
+            f"{text.model_type}: scores from hidden states differ from its own by {error:.3g}; its "
             "score head is not a linear layer on the last token: adapt `scores`"
+        )
+    packed_B, shared_B = score(first, second), score(first, branch, share_prompts=True)
+    errors = largest(packed_B - own(first, second)), largest(shared_B - own(first, branch))
+    # What a token cannot see changes its score by nothing at all, however small a new head's scores.
+    leak_back = largest(score(longer, earlier=1) - score(np.append(second, first[1]), earlier=1))
+    leak_across = largest((packed_B - score(other, second))[1])
+    leak_beside = largest((shared_B - score(sibling, branch, share_prompts=True))[1])
+    policy.train()
+    if leak_back > 1e-5:
+        raise UserError(
+            f"{text.model_type} lets tokens see later ones with this --attention; use --attention eager"
         )
     rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
     length_dependent = "longrope" in rope or "dynamic" in rope  # which short documents do not show
-    if errors["packed"] > tolerance or length_dependent:
+    if errors[0] > tolerance or leak_across > 1e-5 or length_dependent:
         return "alone"
-    return "packed" if errors["shared"] > tolerance else "shared"
+    return "packed" if errors[1] > tolerance or leak_beside > 1e-5 else "shared"
 
 
 def score_documents(model, documents, device, packing, most):

@@ -24,7 +24,14 @@ from conftest import (
     weights,
     write_rows,
 )  # fmt: skip
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+)
 
 import reward_model as rm
 from common import UserError, encode_ranking
@@ -238,6 +245,28 @@ def test_final_gives_the_same_scores_in_any_batch_and_by_score(tmp_path, ragged,
     scored = [json.loads(line) for line in (tmp_path / "scored" / "scores.jsonl").read_text().splitlines()]
     assert [row["score"] for row in scored] == pytest.approx(alone, abs=1e-5)
     assert all(row["id"] == 3 and row["messages"] for row in scored)
+
+
+def test_architectures_that_cannot_be_packed_or_scored(tmp_path, ragged, capsys):
+    """BLOOM's varlen attention sees later tokens and other rows, its eager one other rows: with a new head that changes
+    scores by less than any tolerance for rounding. BERT has another head."""
+    small = {"vocab_size": 512, "hidden_size": 32, "pad_token_id": 0, "eos_token_id": 2}
+    bloom = BloomForCausalLM(BloomConfig(**small, n_layer=2, n_head=2))
+    bert = BertForMaskedLM(
+        BertConfig(**small, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    )
+    for name, model in (("bloom", bloom), ("bert", bert)):
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path / name)
+    train(tmp_path / "eager", dataset=ragged, model=str(tmp_path / "bloom"), attention="eager")
+    assert "in one completion a row" in capsys.readouterr().out
+    for name, message in (
+        ("bloom", "bloom lets tokens see later ones with this --attention; use --attention eager"),
+        ("bert", "bert is built in a way that `scores` does not know"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", dataset=ragged, model=str(tmp_path / name))
+        torch.distributed.destroy_process_group()
 
 
 def test_lora_trains_the_score_head_and_exports_it(tmp_path, ragged):
