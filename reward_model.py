@@ -7,7 +7,8 @@ What is learnt, and where implementations differ:
 2. Rankings of K completions: Plackett-Luce, the likelihood of picking the best, then the best of the rest,
    and so on. Completions that tie are not compared.
 3. A completion's score is read at its last token, known from its length: there is no padding here. final/ has
-   a pad token that occurs in no row, so that transformers finds the same token in any batch.
+   a pad token that occurs in no row, so that transformers finds the same token in any batch. With LoRA it is
+   a whole model, too, as no adapter can name its pad token or its one label: see --lora-merge.
 4. --center-rewards-coefficient holds a row's scores around 0 (arXiv:2312.09244).
 5. The score head computes in float32, and is trained with LoRA, too.
 
@@ -26,6 +27,7 @@ nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoi
 score:  python reward_model.py --model runs/NAME/final --score chats.jsonl
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -119,7 +121,7 @@ class Args:
     """Names (or ends of names) of the modules that get adapters; lm_head cannot."""
     lora_rslora: bool = False
     """Scale adapters by alpha / sqrt(rank) (rsLoRA)."""
-    lora_merge: bool = False
+    lora_merge: bool = True
     """Export final/ as one model with the adapters merged, rather than as an adapter."""
     load_in_4bit: bool = False
     """QLoRA: hold the frozen base in 4 bits (nf4) on each rank. Needs bitsandbytes."""
@@ -565,7 +567,7 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings:
+        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
                 "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
                 "out or take other --lora-targets"
@@ -918,11 +920,13 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
             if name not in tied
         }
         model.save_pretrained(path, state_dict=weights)
-    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
+    if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
         labels = {} if model.can_generate() else {"num_labels": model.num_labels}
         base = type(model).from_pretrained(
             base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
         )
+        if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
+            base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         if model.can_generate():
@@ -1040,8 +1044,11 @@ def load_reward_model(args, config, device, pad_id):
     model = unwrap(policy)
     if pad_id is not None:
         if pad_id >= config.get_text_config().vocab_size:
-            if args.lora_rank:
-                raise UserError("with LoRA the tokenizer needs a pad token that no row has; add one to it")
+            if args.lora_rank and not args.lora_merge:
+                raise UserError(
+                    "the tokenizer has no pad token that is free, and an adapter brings none; leave out "
+                    "--no-lora-merge, or add one to the tokenizer"
+                )
             model.resize_token_embeddings(pad_id + 1, mean_resizing=False)
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
     model.scores = MethodType(scores, model)
@@ -1051,6 +1058,9 @@ def load_reward_model(args, config, device, pad_id):
 
 def score_file(args):
     """Write OUTPUT_DIR/scores.jsonl: each row of --score with its `score`, or null and the `problem`."""
+    if (adapter := Path(args.model) / "adapter_config.json").exists() and not args.lora_rank:
+        with contextlib.suppress(ValueError, AttributeError):  # a broken one is refused below
+            args = replace(args, lora_rank=json.loads(adapter.read_text()).get("r", 0))
     config = load_reward_config(args)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
     encode = functools.partial(

@@ -226,7 +226,7 @@ def scores_of(path, rows, batch_size):
     return found
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "lora_merge": True}], ids=["full", "merged"])
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}], ids=["full", "LoRA"])
 def test_final_gives_the_same_scores_in_any_batch_and_by_score(tmp_path, ragged, flags):
     rows = [json.loads(line) for line in Path(ragged).read_text().splitlines()]
     train(tmp_path / "run", dataset=ragged, **flags)
@@ -270,7 +270,8 @@ def test_architectures_that_cannot_be_packed_or_scored(tmp_path, ragged, capsys)
 
 
 def test_lora_trains_the_score_head_and_exports_it(tmp_path, ragged):
-    train(tmp_path / "run", dataset=ragged, lora_rank=4)
+    flags = {"dataset": ragged, "lora_rank": 4, "lora_merge": False}
+    train(tmp_path / "run", **flags)
     saved = rm.unwrap(rm.PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(ASSETS / "model", num_labels=1), tmp_path / "run" / "final"
     ))  # fmt: skip
@@ -279,16 +280,17 @@ def test_lora_trains_the_score_head_and_exports_it(tmp_path, ragged):
     trained = saved.score.modules_to_save["default"].weight
     assert trained.shape == begun.score.weight.shape
     assert (trained - begun.score.weight).abs().max() > 1e-4
-    # Trained further, and used by --score.
-    more = train(
-        tmp_path / "more",
-        dataset=ragged,
-        model=str(tmp_path / "run" / "final"),
-        lora_rank=4,
-        eval_dataset=(ragged,),
-    )
-    last = train(tmp_path / "again", dataset=ragged, lora_rank=4, eval_dataset=(ragged,))[-1]
+    # Trained further, and used by --score, which needs no rank.
+    final, eval_dataset = str(tmp_path / "run" / "final"), (ragged,)
+    more = train(tmp_path / "more", model=final, eval_dataset=eval_dataset, **flags)
+    last = train(tmp_path / "again", eval_dataset=eval_dataset, **flags)[-1]
     assert more[0]["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": "1+1=2"}, {"text": "1+1=3"}])
+    rm.main(replace(rm.Args(output_dir=str(tmp_path / "scored")), model=final, score=file))
+    tokenizer, saved = AutoTokenizer.from_pretrained(final), saved.eval()
+    for row in map(json.loads, (tmp_path / "scored" / "scores.jsonl").read_text().splitlines()):
+        ids = tokenizer(row["text"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        assert row["score"] == pytest.approx(saved(ids).logits.item(), abs=1e-5)
 
 
 def test_scoring_says_what_is_wrong_with_a_row(tmp_path, ragged):
@@ -309,19 +311,24 @@ def test_scoring_says_what_is_wrong_with_a_row(tmp_path, ragged):
         rm.main(replace(rm.Args(output_dir=str(tmp_path / "scored")), **flags))
 
 
-def test_pad_token_occurs_in_no_row(tmp_path, ragged):
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}], ids=["full", "LoRA"])
+def test_pad_token_occurs_in_no_row(tmp_path, ragged, flags):
     """Where pad is eos, as many tokenizers have it, a token is added and the embeddings grow."""
     model = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
     tokenizer.pad_token = tokenizer.eos_token
     rm.AutoModelForCausalLM.from_pretrained(ASSETS / "model").save_pretrained(model)
     tokenizer.save_pretrained(model)
-    train(tmp_path / "run", dataset=ragged, model=str(model))
+    train(tmp_path / "run", dataset=ragged, model=str(model), **flags)
     final = tmp_path / "run" / "final"
     pad = AutoTokenizer.from_pretrained(final).pad_token_id
     assert pad != tokenizer.eos_token_id
     rows = [json.loads(line) for line in Path(ragged).read_text().splitlines()]
     assert scores_of(final, rows, 21) == pytest.approx(scores_of(final, rows, 1), abs=1e-5)
+    with pytest.raises(
+        UserError, match="no pad token that is free, and an adapter brings none; leave out --no-lora-m"
+    ):
+        train(tmp_path / "adapter", dataset=ragged, model=str(model), lora_rank=4, lora_merge=False)
 
 
 # ---- Any split of the work, stopped and resumed ----------------------------------------------------------------------
