@@ -1128,9 +1128,9 @@ def choose_pad(tokenizer, data):
     for batch in data.with_format("numpy", ["input_ids"]).iter(1000):
         used.update(np.unique(np.concatenate(list(batch["input_ids"]))).tolist())
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in used:
-        free = [token for token, index in special_tokens(tokenizer).items() if index not in used]
+        free = {token: index for token, index in special_tokens(tokenizer).items() if index not in used}
         reserved = [token for token in free if any(word in token for word in ("pad", "reserved", "unused"))]
-        tokenizer.add_special_tokens({"pad_token": reserved[0] if reserved else "<|pad|>"})
+        tokenizer.add_special_tokens({"pad_token": min(reserved, key=free.get, default="<|pad|>")})
     return tokenizer.pad_token_id
 
 

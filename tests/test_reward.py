@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -329,6 +330,17 @@ def test_pad_token_occurs_in_no_row(tmp_path, ragged, flags):
         UserError, match="no pad token that is free, and an adapter brings none; leave out --no-lora-m"
     ):
         train(tmp_path / "adapter", dataset=ragged, model=str(model), lora_rank=4, lora_merge=False)
+
+
+def test_the_first_free_reserved_token_becomes_the_pad_token():
+    """Not any, which another run or rank would choose otherwise; and not one that a row has."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    reserved = [f"<|reserved_{index}|>" for index in range(20)]
+    tokenizer.add_special_tokens({"additional_special_tokens": reserved, "pad_token": tokenizer.eos_token})
+    first = tokenizer.convert_tokens_to_ids(reserved[0])
+    data = datasets.Dataset.from_dict({"input_ids": [[5, first], [first + 2]]})
+    assert rm.choose_pad(tokenizer, data) == first + 1
+    assert tokenizer.pad_token == reserved[1]
 
 
 # ---- Any split of the work, stopped and resumed ----------------------------------------------------------------------
