@@ -921,10 +921,9 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
         }
         model.save_pretrained(path, state_dict=weights)
     if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
-        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
-        base = type(model).from_pretrained(
-            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
-        )
+        options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+        options |= {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(base_model(args), **options)
         if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
             base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
