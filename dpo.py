@@ -1311,7 +1311,7 @@ def reference_logps(args, policy, reference, documents, indices, device, packing
 
 
 @torch.no_grad()
-def collect_pairs(args, policy, reference, data, rows, plan, device, packing, caught_signals=()):
+def collect_pairs(args, policy, device, packing, caught_signals, reference, data, rows, plan):
     """PairStats of `rows` of the data, over all ranks, as a table (P, K). None if stopped by a signal."""
     policy.eval()
     table_PK = torch.zeros(len(rows), len(PairStats._fields), device=device)
@@ -1329,8 +1329,9 @@ def collect_pairs(args, policy, reference, data, rows, plan, device, packing, ca
     return table_PK
 
 
-def precompute_logps(args, policy, data, plan, device, packing, key):
-    """The untrained policy's sums of log-probs of all pairs, (rows, 2), kept in a file named after `key`."""
+def precompute_logps(collect, data, plan, device, key):
+    """The untrained policy's sums of log-probs of all pairs, (rows, 2), kept in a file named after `key`.
+    None if stopped by a signal."""
     name, rows = hashlib.sha256(repr(key).encode()).hexdigest()[:32], np.arange(len(data))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "post-training" / f"reference-{name}.npy"
     if any_rank(dist.get_rank() == 0 and path.exists()):
@@ -1340,7 +1341,8 @@ def precompute_logps(args, policy, data, plan, device, packing, key):
             table_R2 += torch.from_numpy(np.load(path, allow_pickle=False)).to(device)
         dist.broadcast(table_R2, 0)
         return table_R2
-    table_RK = collect_pairs(args, policy, None, data, rows, plan, device, packing)
+    if (table_RK := collect(None, data, rows, plan)) is None:
+        return None
     table_R2 = table_RK[:, :2].contiguous()
     if dist.get_rank() == 0:
         print(f"reference log-probs of {len(data)} pairs are computed, and kept in {path}")
@@ -1500,6 +1502,7 @@ def main(args):
     output_dir = choose_output_dir(args)
     if args.resume:
         check_resumable(output_dir, args, data_digest)
+    collect = functools.partial(collect_pairs, args, policy, device, packing, caught_signals)
     lengths = packed_lengths(data, args, packing)
     arrays = data.with_format("numpy", ["input_ids", "loss_mask", "lengths"])
     eval_reference = reference
@@ -1512,10 +1515,14 @@ def main(args):
     if args.precompute_ref_log_probs:
         plan = split_batch(lengths.tolist(), world_size, args.micro_batch_tokens, packing == "alone")
         key = given_model, str(dtype), args.attention, args.ld_alpha
-        reference = precompute_logps(args, policy, arrays, plan, device, packing, (*key, data_digest))
+        reference = precompute_logps(collect, arrays, plan, device, (*key, data_digest))
         if args.eval_dataset:
             key = (*key, rows_digest(eval_data))
-            eval_reference = precompute_logps(args, policy, eval_arrays, eval_plan, device, packing, key)
+            eval_reference = precompute_logps(collect, eval_arrays, eval_plan, device, key)
+        if any_rank(caught_signals):
+            if rank == 0:
+                print("stopped by a signal before training: nothing to save")
+            return dist.destroy_process_group()
     progress = {"step": 0, "tokens": 0}
     if args.resume:
         if checkpoints := complete_checkpoints(output_dir):
@@ -1547,10 +1554,7 @@ def main(args):
         due = step in (0, total_steps) or (args.eval_every and step % args.eval_every == 0)
         if not args.eval_dataset or not due or any_rank(step in log.evals):
             return
-        table_PK = collect_pairs(
-            args, policy, eval_reference, eval_arrays, np.arange(len(eval_data)), eval_plan, device, packing,
-            caught_signals,
-        )  # fmt: skip
+        table_PK = collect(eval_reference, eval_arrays, np.arange(len(eval_data)), eval_plan)
         if table_PK is not None:
             pairs = PairStats(*table_PK.unbind(1))
             metrics = pair_metrics(pairs, args)
@@ -1578,10 +1582,7 @@ def main(args):
         # ---- Losses that sort pairs need all of the step's: their gradient weighs each pair's log-probs ----
         slope_PK, step_reference = None, (reference, rows)
         if SORTING & {*args.loss_type}:
-            table_PK = collect_pairs(
-                args, policy, reference, arrays, rows, plan, device, packing, caught_signals
-            )
-            if table_PK is None:
+            if (table_PK := collect(reference, arrays, rows, plan)) is None:
                 break
             loss_P = dpo_loss(PairStats(*table_PK.requires_grad_().unbind(1)), args, mean_length_w)
             slope_PK = torch.autograd.grad(loss_P.mean(), table_PK)[0]

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import random
 import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -437,6 +439,25 @@ def test_precomputed_log_probs_are_those_of_the_copy_and_are_kept(tmp_path, ragg
         model=str(edited.rename(tmp_path / "m")),
     )
     assert "read from" in capsys.readouterr().out
+
+
+def test_a_signal_stops_precomputing(tmp_path, ragged, capsys, monkeypatch):
+    """It may take hours. Nothing is kept of a part, and nothing is trained."""
+    monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    forwards, real = [], dpo.forward_pairs
+
+    def forward_pairs(*given, **wanted):
+        forwards.append(given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **wanted)
+
+    monkeypatch.setattr(dpo, "forward_pairs", forward_pairs)
+    flags = SHORT | {"dataset": (ragged,), "eval_dataset": (ragged,), "micro_batch_tokens": 200}
+    dpo.main(replace(dpo.Args(output_dir=str(tmp_path / "run")), precompute_ref_log_probs=True, **flags))
+    assert len(forwards) == 1
+    assert "stopped by a signal before training: nothing to save" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("reference-*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_reference_free(tmp_path, ragged):
