@@ -842,11 +842,15 @@ def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, 
     for (ids, mask), (others, _) in itertools.pairwise(documents) if cut else ():
         differing = sum(a != b for a, b in zip(ids, others, strict=True))
         near_tie |= differing < 0.1 * (len(ids) - mask.index(True))
+    is_text = all(isinstance(side, str) for side in sides.values()) and not isinstance(
+        row.get("prompt"), list
+    )
+    used = ("prompt", *used, *(() if is_text else ("tools", "chat_template_kwargs")))
     return {
         "input_ids": [token for ids, _ in documents for token in ids],
         "loss_mask": [is_target for _, mask in documents for is_target in mask],
         "lengths": [len(ids) for ids, _ in documents],
-        "prompt_length": documents[0][1].index(True) if documents else 0,
+        "prompt_length": len(os.path.commonprefix([ids[: mask.index(True)] for ids, mask in documents])),
         "targets": [sum(mask) for _, mask in documents],
         "keys": keys,
         "near_tie": near_tie,
@@ -854,7 +858,7 @@ def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, 
         "num_targets": sum(sum(mask) for _, mask in documents),
         "stop_id": stop_of(tokenizer, *documents[0]) if documents and not cut else -1,
         "dropped": dropped,
-        "unused": unused_columns(row, ("prompt", "tools", "chat_template_kwargs", *used)),
+        "unused": unused_columns(row, used),
     }
 
 
@@ -871,8 +875,8 @@ def tokenize_sides(row, tokenizer, sides):
     """Completions of one prompt -> [(ids, mask), ...], the ids before what is marked the same in all.
 
     sides: column -> text or messages. The prompt is the row's (text or messages, which the sides may repeat),
-    else what the sides share at their beginning. Where a token of one side spans the end of the prompt, the
-    completions of all begin at that token.
+    else what the sides share at their beginning. Where a token of one side spans the end of the prompt, or
+    the prompt's text has other tokens before one side, the completions of all begin where they part.
     """
     prompt, texts = row.get("prompt"), [side for side in sides.values() if isinstance(side, str)]
     if texts and len(texts) < len(sides):
@@ -880,10 +884,9 @@ def tokenize_sides(row, tokenizer, sides):
     if texts and not isinstance(prompt, list):
         text = check_text(row, "prompt", empty=True) if prompt is not None else ""
         documents = [encode_text(tokenizer, text, side) for side in sides.values()]
-        if prompt is None:
-            shared = len(os.path.commonprefix([ids for ids, _ in documents]))
-            shared = min(shared, *(len(ids) - 1 for ids, _ in documents))
-            documents = [(ids, [t >= shared for t in range(len(ids))]) for ids, _ in documents]
+        ends = [len(ids) - 1 if prompt is None else mask.index(True) for ids, mask in documents]
+        shared = min(len(os.path.commonprefix([ids for ids, _ in documents])), *ends)
+        documents = [(ids, [t >= shared for t in range(len(ids))]) for ids, _ in documents]
     else:
         prompt, *sides = split_prompt(prompt, sides)
         documents = [encode_chat(tokenizer, row, prompt, side, "completion") for side in sides]
@@ -915,6 +918,11 @@ def split_prompt(prompt, sides):
         prompt = check_messages(prompt, "prompt")
         if all(side[: len(prompt)] == prompt for side in sides):
             sides = [side[len(prompt) :] for side in sides]
+        elif begins := [side[0]["role"] for side in sides if side and follows_oddly(side[0], prompt[-1])]:
+            raise UserError(
+                f"a side begins with a {begins[0]} message, but not all sides repeat `prompt`: give it the "
+                "messages that they share, or leave that column out"
+            )
     else:
         alike = [all(message == some[0] for message in some) for some in zip(*sides, strict=False)]
         shared = min([*alike, False].index(False), *(len(side) - 1 for side in sides))
@@ -922,6 +930,11 @@ def split_prompt(prompt, sides):
     if not prompt or not all(sides):
         raise UserError("the sides share no prompt that they follow; give it in a column `prompt`")
     return prompt, *sides
+
+
+def follows_oddly(message, last):
+    """Whether no answer to a prompt that ends with `last` begins with this message."""
+    return message["role"] in ("system", "developer") or message["role"] == last["role"] == "user"
 
 
 def fit_sides(documents, max_length, overflow):

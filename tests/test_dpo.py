@@ -711,6 +711,19 @@ def test_the_prompt_is_the_same_where_a_token_spans_its_end(tokenizer):
     assert marked(tokenizer, pair("1o", "n", "1")) == ["1[[on<|im_end|>]]", "1[[o1<|im_end|>]]"]
 
 
+def test_the_prompt_ends_where_its_text_has_other_tokens(tokenizer):
+    """`nise` is n, i, se before a digit, and n, i, s, en before an `n`: se and s are the completions' own, too."""
+    assert tokenizer.tokenize("nise1")[:3] == ["n", "i", "se"]
+    assert tokenizer.tokenize("nisen") == ["n", "i", "s", "en"]
+    row = pair("nise", "1", "n")
+    assert marked(tokenizer, row) == ["ni[[se1<|im_end|>]]", "ni[[sen<|im_end|>]]"]
+    assert dpo.encode_preference(row, tokenizer)["prompt_length"] == 2
+    # Where even the first tokens differ nothing is shared; what follows nothing is not learnt.
+    nothing = dpo.encode_preference(pair("", "abc", "xyz"), tokenizer)
+    assert nothing["prompt_length"] == 0
+    assert nothing["targets"] == [length - 1 for length in nothing["lengths"]]
+
+
 def test_tools_and_several_turns(tokenizer):
     user, good, bad = says("user", "q"), says("assistant", "good"), says("assistant", "bad")
     row = pair([user], [bad, user, good], [bad, user, bad])
@@ -724,6 +737,9 @@ def test_tools_and_several_turns(tokenizer):
     chosen, rejected = marked(with_tools, {**pair([user], [good], [bad]), "tools": [{"name": "look_up"}]})
     assert chosen.startswith("<tool>look_up</tool>")
     assert rejected.startswith("<tool>look_up</tool>")
+    assert not dpo.encode_preference(row | {"tools": [{"name": "look_up"}]}, with_tools)["unused"]
+    text = {**pair("q", "good", "bad"), "tools": [{"name": "look_up"}]}  # which no template renders
+    assert dpo.encode_preference(text, with_tools)["unused"] == "tools"
 
 
 def test_both_sides_are_cut_or_none(tokenizer):
@@ -757,7 +773,9 @@ BAD_ROWS = {
     "a number": (pair("a", 1, "b"), r"`chosen` is 1, neither text nor a list"),
     "text and messages": (pair("a", "b", [says("assistant", "c")]), r"`chosen` and `rejected` must be all text or all mess"),
     "no common prompt": ({"chosen": [says("user", "a"), says("assistant", "b")], "rejected": [says("user", "c"), says("assistant", "b")]}, r"share no prompt"),
-    "no assistant turn": (pair([says("user", "a")], [says("user", "b")], [says("user", "c")]), r"a side has no assistant turn to learn from"),
+    "text beside a system turn": (pair("a", *([says("system", "s"), says("user", "a"), says("assistant", x)] for x in "bc")), r"a side begins with a system message, but not all sides repeat `prompt`"),
+    "one side repeats the prompt": (pair([says("user", "a")], [says("user", "a"), says("assistant", "b")], [says("assistant", "c")]), r"begins with a user message, but not all sides repeat"),
+    "no assistant turn": (pair([says("user", "a"), says("assistant", "x")], [says("user", "b")], [says("user", "c")]), r"a side has no assistant turn to learn from"),
     "unknown role": (pair([says("robot", "a")], "b", "c"), r"`prompt\[0\]` has the role \"robot\""),
     "prompt is a number": (pair(3, "b", "c"), r"`prompt` is 3"),
     "images": ({**pair("a", "b", "c"), "images": ["x.png"]}, r"the row has images, which are not supported"),
