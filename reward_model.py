@@ -1111,11 +1111,18 @@ def score_file(args):
 
 
 def read_scored(line, encode):
-    """A line of --score -> the row, and its ids or what is wrong with it."""
+    """A line of --score -> the row, and its ids or what is wrong with it. As in training, a prompt may be text
+    and the completion messages, and the other way round."""
     row = {}
     try:
         row = parse_row(line)
-        encoded = encode(row)
+        match row:
+            case {"prompt": str(prompt), "completion": list()}:
+                encoded = encode({**row, "prompt": [{"role": "user", "content": prompt}]})
+            case {"prompt": list(), "completion": str(completion)}:
+                encoded = encode({**row, "completion": [{"role": "assistant", "content": completion}]})
+            case _:
+                encoded = encode(row)
     except UserError as error:
         return row, str(error)
     return row, encoded["dropped"] or encoded["input_ids"]
@@ -1148,6 +1155,8 @@ def check_args(args):
         return
     if not Path(args.score).is_file():
         raise UserError(f"--score {args.score}: no such file (looked from {Path.cwd()})")
+    if Path(args.score).suffix != ".jsonl":
+        raise UserError(f"--score {args.score} must be a .jsonl file, with one conversation a line")
     defaults = asdict(type(args)())
     for name, default in defaults.items():
         if name not in SCORE_FLAGS and getattr(args, name) != default:

@@ -294,6 +294,27 @@ def test_lora_trains_the_score_head_and_exports_it(tmp_path, ragged):
         assert row["score"] == pytest.approx(saved(ids).logits.item(), abs=1e-5)
 
 
+def test_every_form_of_a_training_row_is_scored_as_it_is_trained(tmp_path, ragged):
+    """By the tokens that encode_ranking makes of it, in transformers."""
+    train(tmp_path / "run", dataset=ragged, max_steps=1)
+    final = tmp_path / "run" / "final"
+    user, answer = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "12"}]
+    forms = [("q", "12"), ("q", answer), (user, "12"), (user, answer)]
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "completion": c} for p, c in forms])
+    rm.main(replace(rm.Args(output_dir=str(tmp_path / "scored")), model=str(final), score=file))
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(final),
+        AutoTokenizer.from_pretrained(final),
+    )
+    lines = (tmp_path / "scored" / "scores.jsonl").read_text().splitlines()
+    for (prompt, completion), row in zip(forms, map(json.loads, lines), strict=True):
+        other = "3" if isinstance(completion, str) else [{"role": "assistant", "content": "3"}]
+        trained = encode_ranking({"prompt": prompt, "chosen": completion, "rejected": other}, tokenizer)
+        ids = torch.tensor([trained["input_ids"][: trained["lengths"][0]]])
+        assert row["score"] == pytest.approx(model(ids).logits.item(), abs=1e-5)
+        assert (row["prompt"], row["completion"]) == (prompt, completion)
+
+
 def test_scoring_says_what_is_wrong_with_a_row(tmp_path, ragged):
     train(tmp_path / "run", dataset=ragged, max_steps=1)
     rows = [
@@ -485,6 +506,7 @@ def test_bad_flags(tmp_path, rankings):
         ),
         ({"center_rewards_coefficient": -1.0}, r"--center-rewards-coefficient is -1.0"),
         ({"score": "nowhere.jsonl"}, r"--score nowhere.jsonl: no such file"),
+        ({"score": __file__}, r"test_reward.py must be a .jsonl file, with one conversation a line"),
         (
             {"score": rankings, "model": causal, "learning_rate": 1e-5},
             r" does not apply to --score, which trains nothing",
