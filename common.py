@@ -776,9 +776,10 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
     """A row as for encode_preference, or with `completions` and their `ranks` (1 is best) or `scores` (the
     highest is best) -> RANKING_FEATURES.
 
-    The same for any number of documents, the best first. ranks: one for each, where smaller is better and
-    equal ones are not compared. margin: by how much a chosen score should be above the rejected one, 0
-    without such a column. probability: that the chosen side wins, -1 without.
+    The same for any number of documents, the best first. ranks: the place of each, from 0; those that tie
+    have the same. margin: by how much the first of two should score above the second, 0 without such a
+    column. probability: that the first of two wins, -1 without. It is chosen, but where the row gives it less
+    than a half: then the sides change places and the margin its sign, which says the same.
     """
     margin, probability = row.get("margin"), row.get("probability")
     if row.get("completions") is None:
@@ -788,6 +789,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
             raise UserError(f"`probability` is {excerpt(probability)}, not a number from 0 to 1")
         ranks, sides = [0.0, 1.0], {name: row.get(name) for name in ("chosen", "rejected")}
         used, tied = ("chosen", "rejected", "margin", "probability"), False
+        if probability is not None and probability < 0.5:
+            sides, margin, probability = dict(reversed(sides.items())), -(margin or 0.0), 1 - probability
     else:
         completions = read_json_column(row, "completions", list) or []
         ranks, scores = (read_json_column(row, name, list) or [] for name in ("ranks", "scores"))
@@ -803,7 +806,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
         ranks = ranks or [-score for score in scores]
         places = sorted(range(len(ranks)), key=ranks.__getitem__)
         sides = {f"completions[{place}]": completions[place] for place in places}
-        ranks = [float(ranks[place]) for place in places]
+        levels = sorted(set(ranks))  # the loss needs no more than places, and float32 would round numbers
+        ranks = [float(levels.index(ranks[place])) for place in places]
         used, tied = ("completions", "ranks", "scores"), ranks[0] == ranks[-1]
         margin, probability = 0.0, None
     reason = "all completions tie" if tied else ""
@@ -813,7 +817,8 @@ def encode_ranking(row, tokenizer, max_length=1024, overflow="drop", vocab_size=
 
 
 def is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is one that float32 can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 3e38
 
 
 def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, dropped=""):
@@ -838,11 +843,15 @@ def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, 
     for (ids, mask), (others, _) in itertools.pairwise(documents) if cut else ():
         differing = sum(a != b for a, b in zip(ids, others, strict=True))
         near_tie |= differing < 0.1 * (len(ids) - mask.index(True))
+    is_text = all(isinstance(side, str) for side in sides.values()) and not isinstance(
+        row.get("prompt"), list
+    )
+    used = ("prompt", *used, *(() if is_text else ("tools", "chat_template_kwargs")))
     return {
         "input_ids": [token for ids, _ in documents for token in ids],
         "loss_mask": [is_target for _, mask in documents for is_target in mask],
         "lengths": [len(ids) for ids, _ in documents],
-        "prompt_length": documents[0][1].index(True) if documents else 0,
+        "prompt_length": len(os.path.commonprefix([ids[: mask.index(True)] for ids, mask in documents])),
         "targets": [sum(mask) for _, mask in documents],
         "keys": keys,
         "near_tie": near_tie,
@@ -850,7 +859,7 @@ def encode_sides(row, tokenizer, sides, max_length, overflow, vocab_size, used, 
         "num_targets": sum(sum(mask) for _, mask in documents),
         "stop_id": stop_of(tokenizer, *documents[0]) if documents and not cut else -1,
         "dropped": dropped,
-        "unused": unused_columns(row, ("prompt", "tools", "chat_template_kwargs", *used)),
+        "unused": unused_columns(row, used),
     }
 
 
@@ -867,8 +876,8 @@ def tokenize_sides(row, tokenizer, sides):
     """Completions of one prompt -> [(ids, mask), ...], the ids before what is marked the same in all.
 
     sides: column -> text or messages. The prompt is the row's (text or messages, which the sides may repeat),
-    else what the sides share at their beginning. Where a token of one side spans the end of the prompt, the
-    completions of all begin at that token.
+    else what the sides share at their beginning. Where a token of one side spans the end of the prompt, or
+    the prompt's text has other tokens before one side, the completions of all begin where they part.
     """
     prompt, texts = row.get("prompt"), [side for side in sides.values() if isinstance(side, str)]
     if texts and len(texts) < len(sides):
@@ -876,10 +885,9 @@ def tokenize_sides(row, tokenizer, sides):
     if texts and not isinstance(prompt, list):
         text = check_text(row, "prompt", empty=True) if prompt is not None else ""
         documents = [encode_text(tokenizer, text, side) for side in sides.values()]
-        if prompt is None:
-            shared = len(os.path.commonprefix([ids for ids, _ in documents]))
-            shared = min(shared, *(len(ids) - 1 for ids, _ in documents))
-            documents = [(ids, [t >= shared for t in range(len(ids))]) for ids, _ in documents]
+        ends = [len(ids) - 1 if prompt is None else mask.index(True) for ids, mask in documents]
+        shared = min(len(os.path.commonprefix([ids for ids, _ in documents])), *ends)
+        documents = [(ids, [t >= shared for t in range(len(ids))]) for ids, _ in documents]
     else:
         prompt, *sides = split_prompt(prompt, sides)
         documents = [encode_chat(tokenizer, row, prompt, side, "completion") for side in sides]
@@ -911,6 +919,11 @@ def split_prompt(prompt, sides):
         prompt = check_messages(prompt, "prompt")
         if all(side[: len(prompt)] == prompt for side in sides):
             sides = [side[len(prompt) :] for side in sides]
+        elif begins := [side[0]["role"] for side in sides if side and follows_oddly(side[0], prompt[-1])]:
+            raise UserError(
+                f"a side begins with a {begins[0]} message, but not all sides repeat `prompt`: give it the "
+                "messages that they share, or leave that column out"
+            )
     else:
         alike = [all(message == some[0] for message in some) for some in zip(*sides, strict=False)]
         shared = min([*alike, False].index(False), *(len(side) - 1 for side in sides))
@@ -918,6 +931,11 @@ def split_prompt(prompt, sides):
     if not prompt or not all(sides):
         raise UserError("the sides share no prompt that they follow; give it in a column `prompt`")
     return prompt, *sides
+
+
+def follows_oddly(message, last):
+    """Whether no answer to a prompt that ends with `last` begins with this message."""
+    return message["role"] in ("system", "developer") or message["role"] == last["role"] == "user"
 
 
 def fit_sides(documents, max_length, overflow):

@@ -57,6 +57,7 @@ import torch.nn.functional as F
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -816,7 +817,7 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings:
+        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
                 "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
                 "out or take other --lora-targets"
@@ -1227,11 +1228,12 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
             if name not in tied
         }
         model.save_pretrained(path, state_dict=weights)
-    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
-        base = type(model).from_pretrained(
-            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
-        )
+    if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
+        options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+        options |= {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(base_model(args), **options)
+        if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
+            base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         if model.can_generate():
@@ -1254,7 +1256,12 @@ def make_reference(args, policy, dtype):
             for weight in reference.parameters():
                 weight.data = weight.data.to(dtype)
         return reference
-    if adapter_config(args):
+    if given := adapter_config(args):
+        if given.bias != "none":
+            raise UserError(
+                f"--model {args.model} is an adapter that trains the base's biases ({given.bias}), which its "
+                "reference would share; add --precompute-ref-log-probs"
+            )
         policy.load_adapter(args.model, "reference")
         return "reference"
     return ""
@@ -1262,17 +1269,20 @@ def make_reference(args, policy, dtype):
 
 @contextmanager
 def adapter(policy, name):
-    """Compute with the adapter `name` ("" is none) for a while. PEFT's own way changes requires_grad, which
-    FSDP has read by then."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    """Compute with the adapter `name` ("" is none), without its dropout, for a while. PEFT's own way changes
+    requires_grad, which FSDP has read by then."""
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper  # the latter holds what is trained whole, as embeddings
+    layers = [module for module in policy.modules() if isinstance(module, kinds)]
+    before = [(layer._active_adapter, layer._disable_adapters, layer.training) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [name], not name
+        layer.eval()
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled, training) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            layer.train(training)
 
 
 def forward_pairs(model, documents, device, packing, **wanted):
@@ -1301,7 +1311,7 @@ def reference_logps(args, policy, reference, documents, indices, device, packing
 
 
 @torch.no_grad()
-def collect_pairs(args, policy, reference, data, rows, plan, device, packing, caught_signals=()):
+def collect_pairs(args, policy, device, packing, caught_signals, reference, data, rows, plan):
     """PairStats of `rows` of the data, over all ranks, as a table (P, K). None if stopped by a signal."""
     policy.eval()
     table_PK = torch.zeros(len(rows), len(PairStats._fields), device=device)
@@ -1319,8 +1329,9 @@ def collect_pairs(args, policy, reference, data, rows, plan, device, packing, ca
     return table_PK
 
 
-def precompute_logps(args, policy, data, plan, device, packing, key):
-    """The untrained policy's sums of log-probs of all pairs, (rows, 2), kept in a file named after `key`."""
+def precompute_logps(collect, data, plan, device, key):
+    """The untrained policy's sums of log-probs of all pairs, (rows, 2), kept in a file named after `key`.
+    None if stopped by a signal."""
     name, rows = hashlib.sha256(repr(key).encode()).hexdigest()[:32], np.arange(len(data))
     path = Path(datasets.config.HF_DATASETS_CACHE) / "post-training" / f"reference-{name}.npy"
     if any_rank(dist.get_rank() == 0 and path.exists()):
@@ -1330,7 +1341,8 @@ def precompute_logps(args, policy, data, plan, device, packing, key):
             table_R2 += torch.from_numpy(np.load(path, allow_pickle=False)).to(device)
         dist.broadcast(table_R2, 0)
         return table_R2
-    table_RK = collect_pairs(args, policy, None, data, rows, plan, device, packing)
+    if (table_RK := collect(None, data, rows, plan)) is None:
+        return None
     table_R2 = table_RK[:, :2].contiguous()
     if dist.get_rank() == 0:
         print(f"reference log-probs of {len(data)} pairs are computed, and kept in {path}")
@@ -1341,9 +1353,11 @@ def precompute_logps(args, policy, data, plan, device, packing, key):
     return table_R2
 
 
-def weights_digest(policy):
-    """A hash of all weights, of an unsharded model."""
-    digest = hashlib.sha256()
+def model_digest(policy):
+    """A hash of what an unsharded model computes with: its config, weights, and the scales of its adapter."""
+    config = {**unwrap(policy).config.to_dict(), "_name_or_path": ""}
+    scales = [layer.scaling for layer in policy.modules() if isinstance(layer, BaseTunerLayer)]
+    digest = hashlib.sha256(f"{config} {scales}".encode())
     for name, weight in policy.state_dict().items():
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
@@ -1473,7 +1487,7 @@ def main(args):
     data_digest = rows_digest(data)
     check_same_data(data_digest, rows_digest(eval_data) if args.eval_dataset else None)
     policy = load_policy(args, config, device)
-    given_weights = weights_digest(policy) if args.precompute_ref_log_probs else None
+    given_model = model_digest(policy) if args.precompute_ref_log_probs else None
     reference = make_reference(args, policy, dtype)
     models = [policy, reference] if isinstance(reference, torch.nn.Module) else [policy]
     for each in models:
@@ -1482,14 +1496,13 @@ def main(args):
     parameters = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = make_optimizer(args, parameters)
     packing = self_check(policy, device, dtype)  # not before: a forward leaves FSDP's root unsharded
-    moving = (
-        {"reference": reference} if args.sync_ref_model else {}
-    )  # what checkpoints hold beside the policy
+    moving = {"reference": reference} if args.sync_ref_model else {}  # in checkpoints, beside the policy
 
     # ---- Output directory, precomputed reference, resume, report ----
     output_dir = choose_output_dir(args)
     if args.resume:
         check_resumable(output_dir, args, data_digest)
+    collect = functools.partial(collect_pairs, args, policy, device, packing, caught_signals)
     lengths = packed_lengths(data, args, packing)
     arrays = data.with_format("numpy", ["input_ids", "loss_mask", "lengths"])
     eval_reference = reference
@@ -1501,11 +1514,15 @@ def main(args):
         )
     if args.precompute_ref_log_probs:
         plan = split_batch(lengths.tolist(), world_size, args.micro_batch_tokens, packing == "alone")
-        key = given_weights, str(dtype), args.attention, args.ld_alpha
-        reference = precompute_logps(args, policy, arrays, plan, device, packing, (*key, data_digest))
+        key = given_model, str(dtype), args.attention, args.ld_alpha
+        reference = precompute_logps(collect, arrays, plan, device, (*key, data_digest))
         if args.eval_dataset:
             key = (*key, rows_digest(eval_data))
-            eval_reference = precompute_logps(args, policy, eval_arrays, eval_plan, device, packing, key)
+            eval_reference = precompute_logps(collect, eval_arrays, eval_plan, device, key)
+        if any_rank(caught_signals):
+            if rank == 0:
+                print("stopped by a signal before training: nothing to save")
+            return dist.destroy_process_group()
     progress = {"step": 0, "tokens": 0}
     if args.resume:
         if checkpoints := complete_checkpoints(output_dir):
@@ -1524,11 +1541,8 @@ def main(args):
         print(f"pairs     {pairs_report}")
         if args.eval_dataset:
             describe("held out", eval_data, eval_report, eval_tokens)
-        rows = (
-            f"rows of up to {args.micro_batch_tokens} tokens"
-            if packing != "alone"
-            else "one completion a row"
-        )
+        rows = f"rows of up to {args.micro_batch_tokens} tokens"
+        rows = "one completion a row" if packing == "alone" else rows
         print(f"steps     {total_steps} of {args.batch_size} pairs ({steps_per_epoch} an epoch), in {rows}")
         print(f"example   row {data[0]['row']} of {data[0]['source']}; completions stand in [[ ]]:")
         for side, (ids, mask) in zip(("chosen", "rejected"), pair_documents(arrays, [0]), strict=True):
@@ -1540,10 +1554,7 @@ def main(args):
         due = step in (0, total_steps) or (args.eval_every and step % args.eval_every == 0)
         if not args.eval_dataset or not due or any_rank(step in log.evals):
             return
-        table_PK = collect_pairs(
-            args, policy, eval_reference, eval_arrays, np.arange(len(eval_data)), eval_plan, device, packing,
-            caught_signals,
-        )  # fmt: skip
+        table_PK = collect(eval_reference, eval_arrays, np.arange(len(eval_data)), eval_plan)
         if table_PK is not None:
             pairs = PairStats(*table_PK.unbind(1))
             metrics = pair_metrics(pairs, args)
@@ -1571,10 +1582,7 @@ def main(args):
         # ---- Losses that sort pairs need all of the step's: their gradient weighs each pair's log-probs ----
         slope_PK, step_reference = None, (reference, rows)
         if SORTING & {*args.loss_type}:
-            table_PK = collect_pairs(
-                args, policy, reference, arrays, rows, plan, device, packing, caught_signals
-            )
-            if table_PK is None:
+            if (table_PK := collect(reference, arrays, rows, plan)) is None:
                 break
             loss_P = dpo_loss(PairStats(*table_PK.requires_grad_().unbind(1)), args, mean_length_w)
             slope_PK = torch.autograd.grad(loss_P.mean(), table_PK)[0]

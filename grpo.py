@@ -60,6 +60,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -858,7 +859,7 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings:
+        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
                 "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
                 "out or take other --lora-targets"
@@ -1269,11 +1270,12 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
             if name not in tied
         }
         model.save_pretrained(path, state_dict=weights)
-    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
-        base = type(model).from_pretrained(
-            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
-        )
+    if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
+        options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+        options |= {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(base_model(args), **options)
+        if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
+            base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         if model.can_generate():
@@ -1301,17 +1303,20 @@ def copy_reference(args, policy, dtype):
 
 @contextmanager
 def adapter(policy, name):
-    """Compute with the adapter `name` ("" is none) for a while. PEFT's own way changes requires_grad, which
-    FSDP has read by then."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    """Compute with the adapter `name` ("" is none), without its dropout, for a while. PEFT's own way changes
+    requires_grad, which FSDP has read by then."""
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper  # the latter holds what is trained whole, as embeddings
+    layers = [module for module in policy.modules() if isinstance(module, kinds)]
+    before = [(layer._active_adapter, layer._disable_adapters, layer.training) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [name], not name
+        layer.eval()
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled, training) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            layer.train(training)
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 What is learnt, and where implementations differ:
 1. Pairs: Bradley-Terry (arXiv:2203.02155 eq. 1), -log sigmoid(score_w - score_l - margin), divided by the
    rows of the whole step over all ranks. Where a row has a `probability` that the chosen side wins, and with
-   --label-smoothing, it is the expected loss over both outcomes.
+   --label-smoothing, it is the expected loss over both outcomes; the likelier side counts as the better one.
 2. Rankings of K completions: Plackett-Luce, the likelihood of picking the best, then the best of the rest,
    and so on. Completions that tie are not compared.
 3. A completion's score is read at its last token, known from its length: there is no padding here. final/ has
-   a pad token that occurs in no row, so that transformers finds the same token in any batch.
+   a pad token that occurs in no row, so that transformers finds the same token in any batch. With LoRA it is
+   a whole model, too, as no adapter can name its pad token or its one label: see --lora-merge.
 4. --center-rewards-coefficient holds a row's scores around 0 (arXiv:2312.09244).
 5. The score head computes in float32, and is trained with LoRA, too.
 
@@ -26,6 +27,7 @@ nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoi
 score:  python reward_model.py --model runs/NAME/final --score chats.jsonl
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -119,7 +121,7 @@ class Args:
     """Names (or ends of names) of the modules that get adapters; lm_head cannot."""
     lora_rslora: bool = False
     """Scale adapters by alpha / sqrt(rank) (rsLoRA)."""
-    lora_merge: bool = False
+    lora_merge: bool = True
     """Export final/ as one model with the adapters merged, rather than as an adapter."""
     load_in_4bit: bool = False
     """QLoRA: hold the frozen base in 4 bits (nf4) on each rank. Needs bitsandbytes."""
@@ -285,7 +287,8 @@ def heldout_metrics(scores_RK, rankings, targets_RK, args):
     metrics["std_reward"] = scores_RK[rankings.ranks_RK.isfinite()].std(correction=0).item()
     gap_M, (row_M, better_M, worse_M) = compared_pairs(scores_RK, rankings)
     metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(metrics["accuracy"], len(gap_M))
-    metrics["calibration_error"] = calibration_error(gap_M)
+    wins_M = torch.where(rankings.probability_R < 0, 1.0, rankings.probability_R)[row_M]
+    metrics["calibration_error"] = calibration_error(gap_M, wins_M)
     longer_M = targets_RK[row_M, better_M] - targets_RK[row_M, worse_M]
     buckets = {"shorter": longer_M < 0, "same_length": longer_M == 0, "longer": longer_M > 0}
     for name, bucket_M in buckets.items():
@@ -301,11 +304,12 @@ def wilson_interval(share, n):
     return (center - spread) / (1 + z * z / n), (center + spread) / (1 + z * z / n)
 
 
-def calibration_error(gap_M, bins=10):
-    """Expected calibration error (arXiv:1706.04599 eq. 3) of the favourite's probability to win."""
+def calibration_error(gap_M, wins_M, bins=10):
+    """Expected calibration error (arXiv:1706.04599 eq. 3) of the favourite's probability to win. wins_M: the
+    data's probability that the better side wins."""
     confidence_M = torch.sigmoid(gap_M.abs())  # from 1/2 to 1
     bin_M = ((confidence_M - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    error_M = (gap_M > 0).double() - confidence_M
+    error_M = torch.where(gap_M > 0, wins_M, 1 - wins_M).double() - confidence_M
     error_of_bins = error_M.new_zeros(bins).index_add_(0, bin_M, error_M)
     return error_of_bins.abs().sum().item() / len(gap_M)
 
@@ -563,7 +567,7 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings:
+        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
                 "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
                 "out or take other --lora-targets"
@@ -916,11 +920,12 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
             if name not in tied
         }
         model.save_pretrained(path, state_dict=weights)
-    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
-        base = type(model).from_pretrained(
-            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
-        )
+    if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
+        options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+        options |= {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(base_model(args), **options)
+        if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
+            base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         if model.can_generate():
@@ -937,41 +942,57 @@ def score_check(policy, device, dtype):
     """Compare scores with the model's own, of short documents -> what they bear: standing in one row
     ("packed"), and with a prompt that they share ("shared"), or neither ("alone").
 
-    Raises UserError if those of a document alone differ: then `scores` does not know the architecture's head.
+    Raises UserError if those of a document alone differ: then `scores` does not know the architecture's head;
+    or if tokens see later ones: then the architecture does not honour --attention.
     """
     model, tolerance = unwrap(policy), 1e-3 if dtype == torch.float32 else 0.2
     text = model.config.get_text_config()
     generator = torch.Generator().manual_seed(0)
     pair = [torch.randint(text.vocab_size, (n,), generator=generator).numpy() for n in (7, 12)]
-    pair = [np.where(ids == text.pad_token_id, (ids + 1) % text.vocab_size, ids) for ids in pair]
-    branches = [pair[0], np.append(pair[0][:4], pair[1])]
+    first, second = (np.where(ids == text.pad_token_id, (ids + 1) % text.vocab_size, ids) for ids in pair)
+    other, branch = (first + 1) % text.vocab_size, np.append(first[:4], second)
+    sibling, longer = np.append(first[:4], other[4:]), np.append(second, first[0])
 
-    def score(*documents, share_prompts=False):
-        documents = [(ids, np.arange(len(ids)) >= 4) for ids in documents]
-        return model.scores(collate(documents, device, share_prompts))
+    def score(*documents, share_prompts=False, earlier=0):
+        batch = collate([(ids, np.arange(len(ids)) >= 4) for ids in documents], device, share_prompts)
+        batch.last_B -= earlier
+        return model.scores(batch)
 
-    def own(ids):
-        return model(input_ids=torch.from_numpy(ids).to(device)[None], use_cache=False).logits[0].float()
+    def own(*documents):
+        rows = [torch.from_numpy(ids).to(device)[None] for ids in documents]
+        return torch.cat([model(input_ids=ids_BT, use_cache=False).logits[0].float() for ids_BT in rows])
+
+    def largest(error_B):
+        return error_B.abs().max().item()
 
     policy.eval()
-    expected_B, expected_shared_B = (torch.cat([own(ids) for ids in some]) for some in (pair, branches))
-    errors = {
-        "alone": torch.cat([score(ids) for ids in pair]) - expected_B,
-        "packed": score(*pair) - expected_B,
-        "shared": score(*branches, share_prompts=True) - expected_shared_B,
-    }
-    policy.train()
-    errors = {packing: error_B.abs().max().item() for packing, error_B in errors.items()}
-    if errors["alone"] > tolerance:
+    try:
+        alone_B = torch.cat([score(first), score(second)])
+    except (AttributeError, TypeError, NotImplementedError) as error:
         raise UserError(
-            f"{text.model_type}: scores from hidden states differ from its own by {errors['alone']:.3g}; its "
+            f"{text.model_type} is built in a way that `scores` does not know: {error!r}"
+        ) from error
+    if (error := largest(alone_B - own(first, second))) > tolerance:
+        raise UserError(
+            f"{text.model_type}: scores from hidden states differ from its own by {error:.3g}; its "
             "score head is not a linear layer on the last token: adapt `scores`"
+        )
+    packed_B, shared_B = score(first, second), score(first, branch, share_prompts=True)
+    errors = largest(packed_B - own(first, second)), largest(shared_B - own(first, branch))
+    # What a token cannot see changes its score by nothing at all, however small a new head's scores.
+    leak_back = largest(score(longer, earlier=1) - score(np.append(second, first[1]), earlier=1))
+    leak_across = largest((packed_B - score(other, second))[1])
+    leak_beside = largest((shared_B - score(sibling, branch, share_prompts=True))[1])
+    policy.train()
+    if leak_back > 1e-5:
+        raise UserError(
+            f"{text.model_type} lets tokens see later ones with this --attention; use --attention eager"
         )
     rope = json.dumps(getattr(text, "rope_parameters", None) or {}, default=str)
     length_dependent = "longrope" in rope or "dynamic" in rope  # which short documents do not show
-    if errors["packed"] > tolerance or length_dependent:
+    if errors[0] > tolerance or leak_across > 1e-5 or length_dependent:
         return "alone"
-    return "packed" if errors["shared"] > tolerance else "shared"
+    return "packed" if errors[1] > tolerance or leak_beside > 1e-5 else "shared"
 
 
 def score_documents(model, documents, device, packing, most):
@@ -1022,8 +1043,11 @@ def load_reward_model(args, config, device, pad_id):
     model = unwrap(policy)
     if pad_id is not None:
         if pad_id >= config.get_text_config().vocab_size:
-            if args.lora_rank:
-                raise UserError("with LoRA the tokenizer needs a pad token that no row has; add one to it")
+            if args.lora_rank and not args.lora_merge:
+                raise UserError(
+                    "the tokenizer has no pad token that is free, and an adapter brings none; leave out "
+                    "--no-lora-merge, or add one to the tokenizer"
+                )
             model.resize_token_embeddings(pad_id + 1, mean_resizing=False)
         model.config.pad_token_id = model.config.get_text_config().pad_token_id = pad_id
     model.scores = MethodType(scores, model)
@@ -1033,6 +1057,9 @@ def load_reward_model(args, config, device, pad_id):
 
 def score_file(args):
     """Write OUTPUT_DIR/scores.jsonl: each row of --score with its `score`, or null and the `problem`."""
+    if (adapter := Path(args.model) / "adapter_config.json").exists() and not args.lora_rank:
+        with contextlib.suppress(ValueError, AttributeError):  # a broken one is refused below
+            args = replace(args, lora_rank=json.loads(adapter.read_text()).get("r", 0))
     config = load_reward_config(args)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
     encode = functools.partial(
@@ -1084,11 +1111,18 @@ def score_file(args):
 
 
 def read_scored(line, encode):
-    """A line of --score -> the row, and its ids or what is wrong with it."""
+    """A line of --score -> the row, and its ids or what is wrong with it. As in training, a prompt may be text
+    and the completion messages, and the other way round."""
     row = {}
     try:
         row = parse_row(line)
-        encoded = encode(row)
+        match row:
+            case {"prompt": str(prompt), "completion": list()}:
+                encoded = encode({**row, "prompt": [{"role": "user", "content": prompt}]})
+            case {"prompt": list(), "completion": str(completion)}:
+                encoded = encode({**row, "completion": [{"role": "assistant", "content": completion}]})
+            case _:
+                encoded = encode(row)
     except UserError as error:
         return row, str(error)
     return row, encoded["dropped"] or encoded["input_ids"]
@@ -1100,9 +1134,9 @@ def choose_pad(tokenizer, data):
     for batch in data.with_format("numpy", ["input_ids"]).iter(1000):
         used.update(np.unique(np.concatenate(list(batch["input_ids"]))).tolist())
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id in used:
-        free = [token for token, index in special_tokens(tokenizer).items() if index not in used]
+        free = {token: index for token, index in special_tokens(tokenizer).items() if index not in used}
         reserved = [token for token in free if any(word in token for word in ("pad", "reserved", "unused"))]
-        tokenizer.add_special_tokens({"pad_token": reserved[0] if reserved else "<|pad|>"})
+        tokenizer.add_special_tokens({"pad_token": min(reserved, key=free.get, default="<|pad|>")})
     return tokenizer.pad_token_id
 
 
@@ -1121,6 +1155,8 @@ def check_args(args):
         return
     if not Path(args.score).is_file():
         raise UserError(f"--score {args.score}: no such file (looked from {Path.cwd()})")
+    if Path(args.score).suffix != ".jsonl":
+        raise UserError(f"--score {args.score} must be a .jsonl file, with one conversation a line")
     defaults = asdict(type(args)())
     for name, default in defaults.items():
         if name not in SCORE_FLAGS and getattr(args, name) != default:
@@ -1205,11 +1241,8 @@ def main(args):
         print(f"rows      {pairs_report}")
         if args.eval_dataset:
             describe("held out", eval_data, eval_report, eval_tokens)
-        rows = (
-            f"rows of up to {args.micro_batch_tokens} tokens"
-            if packing != "alone"
-            else "one completion a row"
-        )
+        rows = f"rows of up to {args.micro_batch_tokens} tokens"
+        rows = "one completion a row" if packing == "alone" else rows
         print(f"steps     {total_steps} of {args.batch_size} rows ({steps_per_epoch} an epoch), in {rows}")
         print(
             f"example   row {data[0]['row']} of {data[0]['source']}, best first; completions stand in [[ ]]:"

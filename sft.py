@@ -608,7 +608,7 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings:
+        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
                 "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
                 "out or take other --lora-targets"
@@ -1019,11 +1019,12 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
             if name not in tied
         }
         model.save_pretrained(path, state_dict=weights)
-    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
-        base = type(model).from_pretrained(
-            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
-        )
+    if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
+        options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+        options |= {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(base_model(args), **options)
+        if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
+            base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         if model.can_generate():

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import random
+import shutil
+import signal
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +27,7 @@ from conftest import (
     weights,
     write_rows,
 )  # fmt: skip
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -360,6 +364,42 @@ def test_first_step_is_ln_2_and_the_reference_stays(tmp_path, ragged, trained, p
     assert abs(moved) > 1e-3
 
 
+def other_adapter(path, **config):
+    """An adapter that PEFT made."""
+    base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    policy = get_peft_model(
+        base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **config)
+    )
+    with_noise(policy, 1, 0.02).save_pretrained(path)
+    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(path)
+    return str(path)
+
+
+def test_a_continued_adapters_reference_is_all_of_it_and_has_no_dropout(tmp_path, ragged, monkeypatch):
+    """As precomputed: nothing of what the adapter trains whole is the policy's, nor is its own dropout at work."""
+    monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = {"dataset": ragged, "lora_rank": 4, "learning_rate": 1e-2, "batch_size": 21}
+    flags["model"] = other_adapter(
+        tmp_path / "given", lora_dropout=0.5, modules_to_save=["embed_tokens", "norm"]
+    )
+    live = train(tmp_path / "live", **flags)
+    assert live[0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    computed = train(tmp_path / "computed", precompute_ref_log_probs=True, **flags)
+    for curve in (live, computed):
+        assert curve[-1]["rewards/margins"] != pytest.approx(0, abs=1e-2)
+        del curve[0]["rewards/accuracies"]  # the signs of margins that are rounding
+    assert_same_curve(live, computed, rtol=1e-3)
+
+
+def test_an_adapter_that_trains_biases_has_no_reference_beside_it(tmp_path, ragged, monkeypatch):
+    monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    flags = {"dataset": ragged, "lora_rank": 4, "model": other_adapter(tmp_path / "given", bias="all")}
+    first = train(tmp_path / "computed", precompute_ref_log_probs=True, **flags)[0]
+    assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    with pytest.raises(UserError, match=r"trains the base's biases \(all\).*add --precompute-ref-log-probs"):
+        train(tmp_path / "live", **flags)
+
+
 def test_precomputed_log_probs_are_those_of_the_copy_and_are_kept(tmp_path, ragged, capsys, monkeypatch):
     monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     copied = train(tmp_path / "copied", dataset=ragged)
@@ -371,13 +411,53 @@ def test_precomputed_log_probs_are_those_of_the_copy_and_are_kept(tmp_path, ragg
     assert "computed, and kept in" in capsys.readouterr().out
     assert train(tmp_path / "read", dataset=ragged, precompute_ref_log_probs=True)[1:] == computed[1:]
     assert "read from" in capsys.readouterr().out
-    # Whatever changes them has a file of its own: a flag, the data, the weights.
+    # Whatever changes them has a file of its own: a flag, the data, the weights, the config, an adapter's scale.
     train(tmp_path / "flag", dataset=ragged, precompute_ref_log_probs=True, ld_alpha=0.5)
     train(tmp_path / "data", dataset=ragged, precompute_ref_log_probs=True, max_length=60)
     other = str(tmp_path / "copied" / "final")
     train(tmp_path / "weights", dataset=ragged, precompute_ref_log_probs=True, model=other)
+    edited, given = (
+        shutil.copytree(ASSETS / "model", tmp_path / "edited"),
+        other_adapter(tmp_path / "adapter"),
+    )
+    text = (edited / "config.json").read_text()
+    (edited / "config.json").write_text(text.replace('"rope_theta": 10000.0', '"rope_theta": 500.0'))
+    train(tmp_path / "config", dataset=ragged, precompute_ref_log_probs=True, model=str(edited))
+    for alpha in (8, 80):
+        config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {
+            "lora_alpha": alpha
+        }
+        (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+        train(tmp_path / f"{alpha}", dataset=ragged, precompute_ref_log_probs=True, model=given, lora_rank=4)
     assert "read from" not in capsys.readouterr().out
-    assert len(list((tmp_path / "cache").rglob("reference-*.npy"))) == 4
+    assert len(list((tmp_path / "cache").rglob("reference-*.npy"))) == 7
+    # Under another path it is the same model.
+    train(
+        tmp_path / "moved",
+        dataset=ragged,
+        precompute_ref_log_probs=True,
+        model=str(edited.rename(tmp_path / "m")),
+    )
+    assert "read from" in capsys.readouterr().out
+
+
+def test_a_signal_stops_precomputing(tmp_path, ragged, capsys, monkeypatch):
+    """It may take hours. Nothing is kept of a part, and nothing is trained."""
+    monkeypatch.setattr(dpo.datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    forwards, real = [], dpo.forward_pairs
+
+    def forward_pairs(*given, **wanted):
+        forwards.append(given)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*given, **wanted)
+
+    monkeypatch.setattr(dpo, "forward_pairs", forward_pairs)
+    flags = SHORT | {"dataset": (ragged,), "eval_dataset": (ragged,), "micro_batch_tokens": 200}
+    dpo.main(replace(dpo.Args(output_dir=str(tmp_path / "run")), precompute_ref_log_probs=True, **flags))
+    assert len(forwards) == 1
+    assert "stopped by a signal before training: nothing to save" in capsys.readouterr().out
+    assert not list((tmp_path / "cache").rglob("reference-*"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_reference_free(tmp_path, ragged):
@@ -631,6 +711,19 @@ def test_the_prompt_is_the_same_where_a_token_spans_its_end(tokenizer):
     assert marked(tokenizer, pair("1o", "n", "1")) == ["1[[on<|im_end|>]]", "1[[o1<|im_end|>]]"]
 
 
+def test_the_prompt_ends_where_its_text_has_other_tokens(tokenizer):
+    """`nise` is n, i, se before a digit, and n, i, s, en before an `n`: se and s are the completions' own, too."""
+    assert tokenizer.tokenize("nise1")[:3] == ["n", "i", "se"]
+    assert tokenizer.tokenize("nisen") == ["n", "i", "s", "en"]
+    row = pair("nise", "1", "n")
+    assert marked(tokenizer, row) == ["ni[[se1<|im_end|>]]", "ni[[sen<|im_end|>]]"]
+    assert dpo.encode_preference(row, tokenizer)["prompt_length"] == 2
+    # Where even the first tokens differ nothing is shared; what follows nothing is not learnt.
+    nothing = dpo.encode_preference(pair("", "abc", "xyz"), tokenizer)
+    assert nothing["prompt_length"] == 0
+    assert nothing["targets"] == [length - 1 for length in nothing["lengths"]]
+
+
 def test_tools_and_several_turns(tokenizer):
     user, good, bad = says("user", "q"), says("assistant", "good"), says("assistant", "bad")
     row = pair([user], [bad, user, good], [bad, user, bad])
@@ -644,6 +737,9 @@ def test_tools_and_several_turns(tokenizer):
     chosen, rejected = marked(with_tools, {**pair([user], [good], [bad]), "tools": [{"name": "look_up"}]})
     assert chosen.startswith("<tool>look_up</tool>")
     assert rejected.startswith("<tool>look_up</tool>")
+    assert not dpo.encode_preference(row | {"tools": [{"name": "look_up"}]}, with_tools)["unused"]
+    text = {**pair("q", "good", "bad"), "tools": [{"name": "look_up"}]}  # which no template renders
+    assert dpo.encode_preference(text, with_tools)["unused"] == "tools"
 
 
 def test_both_sides_are_cut_or_none(tokenizer):
@@ -677,7 +773,9 @@ BAD_ROWS = {
     "a number": (pair("a", 1, "b"), r"`chosen` is 1, neither text nor a list"),
     "text and messages": (pair("a", "b", [says("assistant", "c")]), r"`chosen` and `rejected` must be all text or all mess"),
     "no common prompt": ({"chosen": [says("user", "a"), says("assistant", "b")], "rejected": [says("user", "c"), says("assistant", "b")]}, r"share no prompt"),
-    "no assistant turn": (pair([says("user", "a")], [says("user", "b")], [says("user", "c")]), r"a side has no assistant turn to learn from"),
+    "text beside a system turn": (pair("a", *([says("system", "s"), says("user", "a"), says("assistant", x)] for x in "bc")), r"a side begins with a system message, but not all sides repeat `prompt`"),
+    "one side repeats the prompt": (pair([says("user", "a")], [says("user", "a"), says("assistant", "b")], [says("assistant", "c")]), r"begins with a user message, but not all sides repeat"),
+    "no assistant turn": (pair([says("user", "a"), says("assistant", "x")], [says("user", "b")], [says("user", "c")]), r"a side has no assistant turn to learn from"),
     "unknown role": (pair([says("robot", "a")], "b", "c"), r"`prompt\[0\]` has the role \"robot\""),
     "prompt is a number": (pair(3, "b", "c"), r"`prompt` is 3"),
     "images": ({**pair("a", "b", "c"), "images": ["x.png"]}, r"the row has images, which are not supported"),

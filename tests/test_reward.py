@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,14 @@ from conftest import (
     weights,
     write_rows,
 )  # fmt: skip
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+)
 
 import reward_model as rm
 from common import UserError, encode_ranking
@@ -178,7 +186,14 @@ def test_calibration_error():
     logits_M = 2 * torch.randn(20000, generator=generator)
     wins_M = torch.rand(20000, generator=generator) < torch.sigmoid(logits_M)
     gap_M = torch.where(wins_M, logits_M, -logits_M)  # of the side that won
-    assert rm.calibration_error(gap_M) < 0.02
+    ones_M = torch.ones(20000)
+    assert rm.calibration_error(gap_M, ones_M) < 0.02
+    # Where the data says how likely each is to win, that is what is hit or missed, whoever is the favourite.
+    assert rm.calibration_error(logits_M, torch.sigmoid(logits_M)) < 1e-6
+    missed_M = torch.sigmoid(2 * logits_M.abs()) - torch.sigmoid(logits_M.abs())
+    assert rm.calibration_error(2 * logits_M, torch.sigmoid(logits_M)) == pytest.approx(
+        missed_M.mean().item(), rel=1e-3
+    )
     confidence_M, right_M = torch.sigmoid(2 * gap_M.abs()), (gap_M > 0).float()
     expected = 0.0
     for index in range(10):
@@ -189,7 +204,7 @@ def test_calibration_error():
                 inside.float().mean().item()
                 * abs(right_M[inside].mean() - confidence_M[inside].mean()).item()
             )
-    assert rm.calibration_error(2 * gap_M) == pytest.approx(expected, rel=1e-3)
+    assert rm.calibration_error(2 * gap_M, ones_M) == pytest.approx(expected, rel=1e-3)
     assert expected > 0.05
 
 
@@ -212,7 +227,7 @@ def scores_of(path, rows, batch_size):
     return found
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "lora_merge": True}], ids=["full", "merged"])
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}], ids=["full", "LoRA"])
 def test_final_gives_the_same_scores_in_any_batch_and_by_score(tmp_path, ragged, flags):
     rows = [json.loads(line) for line in Path(ragged).read_text().splitlines()]
     train(tmp_path / "run", dataset=ragged, **flags)
@@ -233,8 +248,31 @@ def test_final_gives_the_same_scores_in_any_batch_and_by_score(tmp_path, ragged,
     assert all(row["id"] == 3 and row["messages"] for row in scored)
 
 
+def test_architectures_that_cannot_be_packed_or_scored(tmp_path, ragged, capsys):
+    """BLOOM's varlen attention sees later tokens and other rows, its eager one other rows: with a new head that changes
+    scores by less than any tolerance for rounding. BERT has another head."""
+    small = {"vocab_size": 512, "hidden_size": 32, "pad_token_id": 0, "eos_token_id": 2}
+    bloom = BloomForCausalLM(BloomConfig(**small, n_layer=2, n_head=2))
+    bert = BertForMaskedLM(
+        BertConfig(**small, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    )
+    for name, model in (("bloom", bloom), ("bert", bert)):
+        model.save_pretrained(tmp_path / name)
+        AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path / name)
+    train(tmp_path / "eager", dataset=ragged, model=str(tmp_path / "bloom"), attention="eager")
+    assert "in one completion a row" in capsys.readouterr().out
+    for name, message in (
+        ("bloom", "bloom lets tokens see later ones with this --attention; use --attention eager"),
+        ("bert", "bert is built in a way that `scores` does not know"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", dataset=ragged, model=str(tmp_path / name))
+        torch.distributed.destroy_process_group()
+
+
 def test_lora_trains_the_score_head_and_exports_it(tmp_path, ragged):
-    train(tmp_path / "run", dataset=ragged, lora_rank=4)
+    flags = {"dataset": ragged, "lora_rank": 4, "lora_merge": False}
+    train(tmp_path / "run", **flags)
     saved = rm.unwrap(rm.PeftModel.from_pretrained(
         AutoModelForSequenceClassification.from_pretrained(ASSETS / "model", num_labels=1), tmp_path / "run" / "final"
     ))  # fmt: skip
@@ -243,16 +281,38 @@ def test_lora_trains_the_score_head_and_exports_it(tmp_path, ragged):
     trained = saved.score.modules_to_save["default"].weight
     assert trained.shape == begun.score.weight.shape
     assert (trained - begun.score.weight).abs().max() > 1e-4
-    # Trained further, and used by --score.
-    more = train(
-        tmp_path / "more",
-        dataset=ragged,
-        model=str(tmp_path / "run" / "final"),
-        lora_rank=4,
-        eval_dataset=(ragged,),
-    )
-    last = train(tmp_path / "again", dataset=ragged, lora_rank=4, eval_dataset=(ragged,))[-1]
+    # Trained further, and used by --score, which needs no rank.
+    final, eval_dataset = str(tmp_path / "run" / "final"), (ragged,)
+    more = train(tmp_path / "more", model=final, eval_dataset=eval_dataset, **flags)
+    last = train(tmp_path / "again", eval_dataset=eval_dataset, **flags)[-1]
     assert more[0]["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    file = write_rows(tmp_path / "texts.jsonl", [{"text": "1+1=2"}, {"text": "1+1=3"}])
+    rm.main(replace(rm.Args(output_dir=str(tmp_path / "scored")), model=final, score=file))
+    tokenizer, saved = AutoTokenizer.from_pretrained(final), saved.eval()
+    for row in map(json.loads, (tmp_path / "scored" / "scores.jsonl").read_text().splitlines()):
+        ids = tokenizer(row["text"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        assert row["score"] == pytest.approx(saved(ids).logits.item(), abs=1e-5)
+
+
+def test_every_form_of_a_training_row_is_scored_as_it_is_trained(tmp_path, ragged):
+    """By the tokens that encode_ranking makes of it, in transformers."""
+    train(tmp_path / "run", dataset=ragged, max_steps=1)
+    final = tmp_path / "run" / "final"
+    user, answer = [{"role": "user", "content": "q"}], [{"role": "assistant", "content": "12"}]
+    forms = [("q", "12"), ("q", answer), (user, "12"), (user, answer)]
+    file = write_rows(tmp_path / "rows.jsonl", [{"prompt": p, "completion": c} for p, c in forms])
+    rm.main(replace(rm.Args(output_dir=str(tmp_path / "scored")), model=str(final), score=file))
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(final),
+        AutoTokenizer.from_pretrained(final),
+    )
+    lines = (tmp_path / "scored" / "scores.jsonl").read_text().splitlines()
+    for (prompt, completion), row in zip(forms, map(json.loads, lines), strict=True):
+        other = "3" if isinstance(completion, str) else [{"role": "assistant", "content": "3"}]
+        trained = encode_ranking({"prompt": prompt, "chosen": completion, "rejected": other}, tokenizer)
+        ids = torch.tensor([trained["input_ids"][: trained["lengths"][0]]])
+        assert row["score"] == pytest.approx(model(ids).logits.item(), abs=1e-5)
+        assert (row["prompt"], row["completion"]) == (prompt, completion)
 
 
 def test_scoring_says_what_is_wrong_with_a_row(tmp_path, ragged):
@@ -273,19 +333,35 @@ def test_scoring_says_what_is_wrong_with_a_row(tmp_path, ragged):
         rm.main(replace(rm.Args(output_dir=str(tmp_path / "scored")), **flags))
 
 
-def test_pad_token_occurs_in_no_row(tmp_path, ragged):
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4}], ids=["full", "LoRA"])
+def test_pad_token_occurs_in_no_row(tmp_path, ragged, flags):
     """Where pad is eos, as many tokenizers have it, a token is added and the embeddings grow."""
     model = tmp_path / "model"
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
     tokenizer.pad_token = tokenizer.eos_token
     rm.AutoModelForCausalLM.from_pretrained(ASSETS / "model").save_pretrained(model)
     tokenizer.save_pretrained(model)
-    train(tmp_path / "run", dataset=ragged, model=str(model))
+    train(tmp_path / "run", dataset=ragged, model=str(model), **flags)
     final = tmp_path / "run" / "final"
     pad = AutoTokenizer.from_pretrained(final).pad_token_id
     assert pad != tokenizer.eos_token_id
     rows = [json.loads(line) for line in Path(ragged).read_text().splitlines()]
     assert scores_of(final, rows, 21) == pytest.approx(scores_of(final, rows, 1), abs=1e-5)
+    with pytest.raises(
+        UserError, match="no pad token that is free, and an adapter brings none; leave out --no-lora-m"
+    ):
+        train(tmp_path / "adapter", dataset=ragged, model=str(model), lora_rank=4, lora_merge=False)
+
+
+def test_the_first_free_reserved_token_becomes_the_pad_token():
+    """Not any, which another run or rank would choose otherwise; and not one that a row has."""
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    reserved = [f"<|reserved_{index}|>" for index in range(20)]
+    tokenizer.add_special_tokens({"additional_special_tokens": reserved, "pad_token": tokenizer.eos_token})
+    first = tokenizer.convert_tokens_to_ids(reserved[0])
+    data = datasets.Dataset.from_dict({"input_ids": [[5, first], [first + 2]]})
+    assert rm.choose_pad(tokenizer, data) == first + 1
+    assert tokenizer.pad_token == reserved[1]
 
 
 # ---- Any split of the work, stopped and resumed ----------------------------------------------------------------------
@@ -352,17 +428,43 @@ def test_rankings_are_sorted_best_first():
     row = {"prompt": "1+1=", "completions": ["4", "2", "3"]}
     by_rank = encode_ranking({**row, "ranks": [3, 1, 2]}, tokenizer)
     by_score = encode_ranking({**row, "scores": [-2, 0, -1]}, tokenizer)
-    for found, ranks in ((by_rank, [1, 2, 3]), (by_score, [0, 1, 2])):
+    close = encode_ranking(
+        {**row, "scores": [-1e38, 16777217, 16777216]}, tokenizer
+    )  # float32 has not the like
+    for found in (by_rank, by_score, close):
         ends = np.cumsum(found["lengths"])[:-1]
         texts = [tokenizer.decode(part) for part in np.split(np.array(found["input_ids"]), ends)]
         assert texts == ["1+1=2<|im_end|>", "1+1=3<|im_end|>", "1+1=4<|im_end|>"]
-        assert found["ranks"] == ranks
+        assert found["ranks"] == [0, 1, 2]
         assert not found["unused"]
+    assert encode_ranking({**row, "scores": [0.5, 7, 0.5]}, tokenizer)["ranks"] == [0, 1, 1]
     tied = encode_ranking({**row, "scores": [1, 1, 1]}, tokenizer)
     assert (tied["dropped"], tied["ranks"]) == ("all completions tie", [])
     pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    assert encode_ranking({**pair, "margin": 2, "probability": 0.25}, tokenizer)["margin"] == 2.0
     assert encode_ranking(pair, tokenizer)["probability"] == -1.0
+    # Whichever side a row calls chosen, the likelier one is the better one.
+    likely = encode_ranking({**pair, "margin": 2, "probability": 0.75}, tokenizer)
+    assert (likely["margin"], likely["probability"]) == (2.0, 0.75)
+    turned = {"prompt": "a", "chosen": "c", "rejected": "b", "margin": -2, "probability": 0.25}
+    assert encode_ranking(turned, tokenizer) == likely
+
+
+def test_soft_labels_say_the_same_either_way_round(tmp_path, capsys):
+    """Rows that call the likelier side rejected train and measure as those that call it chosen."""
+    rows = [{"prompt": f"1+{i}=", "chosen": "2", "rejected": "34", "probability": 0.75} for i in range(9)]
+    turned = [{**row, "chosen": "34", "rejected": "2", "probability": 0.25} for row in rows]
+    curves = []
+    for name, some in (("rows", rows), ("turned", turned)):
+        path = write_rows(tmp_path / f"{name}.jsonl", some)
+        curves.append(train(tmp_path / name, dataset=path, eval_dataset=(path,)))
+    assert curves[0] == curves[1]
+    assert "eval/accuracy_shorter" in curves[0][0]
+    assert "eval/accuracy_longer" not in curves[0][0]
+    capsys.readouterr()
+    both = [*rows, *turned, {**rows[0], "probability": 0.2}]
+    train(tmp_path / "both", dataset=write_rows(tmp_path / "both.jsonl", both), max_steps=1)
+    assert "2 contradictory" not in (said := capsys.readouterr().out)
+    assert "3 contradictory" in said  # rows 1 and 10, which agree, with the last
 
 
 THREE = {"prompt": "a", "completions": ["b", "c", "d"]}
@@ -375,6 +477,8 @@ BAD_ROWS = {
     "ranks are text": ({**THREE, "ranks": ["a", "b", "c"]}, r"must be finite numbers"),
     "scores with a margin": ({**THREE, "scores": [1, 2, 3], "margin": 1}, r"without `margin` and `probability`"),
     "completions mixed": ({**THREE, "completions": ["b", [{"role": "assistant", "content": "c"}], "d"], "ranks": [1, 2, 3]}, r"must be all text or all messages"),
+    "a score beyond all floats": ({**THREE, "scores": [1, 2, 10**400]}, r"must be finite numbers"),
+    "a margin beyond float32": ({**PAIR, "margin": 1e39}, r"`margin` is 1e\+39, not a finite number"),
     "margin is text": ({**PAIR, "margin": "x"}, r"`margin` is \"x\", not a finite number"),
     "probability above 1": ({**PAIR, "probability": 1.5}, r"`probability` is 1.5, not a number from 0 to 1"),
     "identical": ({**PAIR, "rejected": "b"}, r"\{'identical sides': 1\}"),
@@ -402,6 +506,7 @@ def test_bad_flags(tmp_path, rankings):
         ),
         ({"center_rewards_coefficient": -1.0}, r"--center-rewards-coefficient is -1.0"),
         ({"score": "nowhere.jsonl"}, r"--score nowhere.jsonl: no such file"),
+        ({"score": __file__}, r"test_reward.py must be a .jsonl file, with one conversation a line"),
         (
             {"score": rankings, "model": causal, "learning_rate": 1e-5},
             r" does not apply to --score, which trains nothing",
