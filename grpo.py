@@ -417,7 +417,8 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
     if args.importance_sampling_mode.endswith("truncate"):
         correction_N = sampler_ratio_N.clamp(least, most)
     elif args.importance_sampling_mode.endswith("mask"):
-        correction_N = sampler_ratio_N * ((sampler_ratio_N >= least) & (sampler_ratio_N <= most))
+        is_kept_N = (sampler_ratio_N >= least) & (sampler_ratio_N <= most)
+        correction_N = sampler_ratio_N.where(is_kept_N, 0)  # no product: the ratio of a long one may be inf
     else:
         correction_N = torch.ones_like(sampler_ratio_N)
 

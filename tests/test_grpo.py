@@ -282,6 +282,22 @@ def test_the_variants_differ():
     assert len(repeated) <= 1, losses  # "dapo" and "none" are one
 
 
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_mask"])
+def test_a_ratio_beyond_float32_is_masked(mode):
+    """A long sample on which sampler and trainer disagree: exp(0.5 * 200) is infinite; that of a token, exp(100), too."""
+    long, documents_N = mode == "sequence_mask", torch.tensor([0] * 200 + [1] * 3)
+    sampler_N = torch.full((203,), -1.0)
+    sampler_N[:200] -= 0.5 if long else torch.tensor([100.0] * 199 + [0.0])
+    sampled = grpo.Sampled(None, sampler_N, None, torch.ones(203), torch.full((203,), 0.1), documents_N)
+    stats = SimpleNamespace(logps_N=torch.full((203,), -1.0, requires_grad=True), entropy_N=torch.ones(203))
+    loss, _, sums, _ = grpo.grpo_loss(stats, sampled, grpo.Args(importance_sampling_mode=mode))
+    loss.backward()
+    kept = 3 if long else 4
+    assert loss.item() == pytest.approx(-0.1 * kept)
+    assert stats.logps_N.grad.count_nonzero() == kept
+    assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(kept)
+
+
 def expected_gradient(logits_V, args, ref_V):
     """Of the KL term over all tokens of a vocabulary, on policy, weighed by their probability."""
     logits_V = logits_V.clone().requires_grad_()
