@@ -273,7 +273,7 @@ class Args:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL divergence, http://joschu.net/blog/kl-approx.html; k1 only with one of the next two."""
     use_bias_correction_kl: bool = True
-    """Multiply it by the ratio, whose gradient is then the divergence's own."""
+    """Multiply it by the ratio: its gradient is then the divergence's own, off policy, too."""
     kl_in_reward: bool = False
     """Subtract beta times k1 from the reward, rather than add the estimator to the loss."""
     sync_ref_model: bool = False
@@ -450,7 +450,7 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
     if args.loss_type != "vespo":
         losses_N = losses_N * correction_N
     sums = {}
-    if sampled.ref_logps_N is not None and not args.kl_in_reward:
+    if sampled.ref_logps_N is not None:
         ref_ratio_N = sampled.ref_logps_N - logps_N
         match args.kl_estimator:
             case "k1":
@@ -459,7 +459,9 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
                 kl_N = ref_ratio_N.square() / 2
             case "k3":
                 kl_N = torch.expm1(ref_ratio_N) - ref_ratio_N
-        losses_N = losses_N + args.beta * (kl_N * ratio_N if args.use_bias_correction_kl else kl_N)
+        if args.use_bias_correction_kl:  # the gradient of the ratio is part of it, but in k2
+            kl_N = kl_N * (ratio_N.detach() if args.kl_estimator == "k2" else ratio_N)
+        losses_N = losses_N if args.kl_in_reward else losses_N + args.beta * kl_N
         sums["kl"] = kl_N
     is_low_N, is_high_N = (ratio_N < low) & (advantage_N < 0), (ratio_N > high) & (advantage_N > 0)
     most_of = {

@@ -244,8 +244,6 @@ def test_loss_and_gradient_equal_trls(name):
     by_token = args.importance_sampling_level == "token"  # TRL's means are over sequences otherwise
     per_token = args.loss_type != "vespo" and by_token
     means = {name for name in metrics if not name.endswith(("min", "max"))}
-    if args.use_bias_correction_kl:
-        means -= {"kl"}  # theirs is multiplied by the ratio
     for metric in means & sums.keys() if per_token else ():
         assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
     if args.loss_type in grpo.CLIPPED:
@@ -298,39 +296,35 @@ def test_a_ratio_beyond_float32_is_masked(mode):
     assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(kept)
 
 
-def expected_gradient(logits_V, args, ref_V):
-    """Of the KL term over all tokens of a vocabulary, on policy, weighed by their probability."""
+def expected_gradient(logits_V, args, ref_V, old_V=None):
+    """Of the KL term over all tokens of a vocabulary, weighed by their probability under the policy or an old one."""
     logits_V = logits_V.clone().requires_grad_()
     logps_V = logits_V.log_softmax(-1)
-    n = len(logits_V)
-    sampled = grpo.Sampled(
-        logps_V.detach(),
-        logps_V.detach(),
-        ref_V,
-        torch.zeros(n).double(),
-        logps_V.detach().exp(),
-        torch.arange(n),
-    )
+    n, old_V = len(logits_V), logps_V.detach() if old_V is None else old_V
+    sampled = grpo.Sampled(old_V, old_V, ref_V, torch.zeros(n).double(), old_V.exp(), torch.arange(n))
     stats = SimpleNamespace(logps_N=logps_V, entropy_N=torch.ones(n))
     (gradient,) = torch.autograd.grad(grpo.grpo_loss(stats, sampled, args)[0], logits_V)
     return gradient
 
 
 def test_gradients_of_the_kl_estimators_in_expectation():
-    """With the ratio, k1 and k3 have the reverse KL's; plain k3 has the forward KL's, k2 the reverse KL's, k1 none."""
+    """With the ratio all have the reverse KL's, off policy, too; on policy k2 has it without, plain k3 has the forward
+    KL's and plain k1 none."""
     generator = torch.Generator().manual_seed(0)
-    logits_V, ref_V = torch.randn(2, 7, generator=generator, dtype=torch.float64)
-    ref_V = ref_V.log_softmax(-1)
+    logits_V, ref_V, noise_V = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    ref_V, old_V = ref_V.log_softmax(-1), (logits_V + 0.5 * noise_V).log_softmax(-1)
     theta_V = logits_V.clone().requires_grad_()
     logps_V = theta_V.log_softmax(-1)
     (reverse,) = torch.autograd.grad((logps_V.exp() * (logps_V - ref_V)).sum(), theta_V, retain_graph=True)
     (forward,) = torch.autograd.grad(-(ref_V.exp() * logps_V).sum(), theta_V)
-    for estimator, corrected, expected in (
-        ("k1", True, reverse), ("k3", True, reverse), ("k2", False, reverse), ("k3", False, forward),
-        ("k1", False, torch.zeros_like(reverse)),
+    for estimator, corrected, old, expected in (
+        ("k1", True, None, reverse), ("k2", True, None, reverse), ("k3", True, None, reverse),
+        ("k1", True, old_V, reverse), ("k2", True, old_V, reverse), ("k3", True, old_V, reverse),
+        ("k2", False, None, reverse), ("k3", False, None, forward), ("k1", False, None, torch.zeros_like(reverse)),
     ):  # fmt: skip
         args = grpo.Args(beta=1.0, kl_estimator=estimator, use_bias_correction_kl=corrected)
-        torch.testing.assert_close(expected_gradient(logits_V, args, ref_V), expected, rtol=1e-9, atol=1e-12)
+        found = expected_gradient(logits_V, args, ref_V, old)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- The embedded engine ---------------------------------------------------------------------------------------------
