@@ -275,7 +275,7 @@ class Args:
     use_bias_correction_kl: bool = True
     """Multiply it by the ratio: its gradient is then the divergence's own, off policy, too."""
     kl_in_reward: bool = False
-    """Subtract beta times k1 from the reward, rather than add the estimator to the loss."""
+    """Subtract beta times a sample's k1 from its reward, rather than add the estimator to the loss."""
     sync_ref_model: bool = False
     """TR-DPO: move the reference towards the policy every --ref-model-sync-steps."""
     ref_model_mixup_alpha: float = 0.6
@@ -363,6 +363,18 @@ def advantages(rewards_PGR, args):
         case "none":  # Dr. GRPO, arXiv:2503.20783
             scale_PG = 1.0
     return (reward_PG - baseline_PG) / scale_PG, reward_PG
+
+
+def add_kl_reward(rewards_PGR, groups, args):
+    """--kl-in-reward: the divergence from the reference, k1 of each sample, as one more reward, of weight
+    -beta -> rewards_PGR, args; NaN where there is no other."""
+    kl_PG = torch.tensor(
+        [[sum(s.old_logps or s.logps) - sum(s.ref_logps) for s in group] for group in groups]
+    )
+    kl_PG = kl_PG.to(rewards_PGR).masked_fill(rewards_PGR.isnan().all(2), math.nan)
+    weights_R = (*(args.reward_weights or (1.0,) * len(args.rewards)), -args.beta)
+    args = replace(args, rewards=(*args.rewards, "kl"), reward_weights=weights_R)
+    return torch.cat([rewards_PGR, kl_PG[:, :, None]], 2), args
 
 
 def nanstd(values, dim=None):
@@ -1954,12 +1966,10 @@ def main(args):
                 rewards_PGR = torch.tensor(
                     [[s.rewards for s in group] for group in groups], dtype=torch.float64
                 )
+                judged = rewards_PGR, args
                 if args.kl_in_reward:
-                    for p, group in enumerate(groups):
-                        for g, s in enumerate(group):
-                            policy_logps = s.old_logps or s.logps
-                            rewards_PGR[p, g, 0] -= args.beta * (sum(policy_logps) - sum(s.ref_logps))
-                advantage_PG, _ = advantages(rewards_PGR, args)
+                    judged = add_kl_reward(rewards_PGR, groups, args)
+                advantage_PG, _ = advantages(*judged)
                 for sample, advantage in zip(kept, advantage_PG.flatten().tolist(), strict=True):
                     sample.advantage = advantage
             batch = [

@@ -130,6 +130,33 @@ def test_advantages_equal_a_naive_loop(baseline, scale):
     assert found[2].isnan().all()
 
 
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_divergence_in_the_reward_has_weight_beta_whatever_the_rewards_have(aggregation):
+    """One reward is missing, one sample has none: the divergence is no reward by itself."""
+    args = grpo.Args(rewards=("a", "b"), reward_weights=(0.0, 2.0), beta=0.3, kl_in_reward=True, scale_rewards="none",
+                     multi_objective_aggregation=aggregation)  # fmt: skip
+    rewards = [[[None, 1.0], [0.5, 0.0], [7.0, 3.0], [None, None]]]
+    logps, ref_logps = [[-1.0, -2.0], [-0.5], [], [-1.0]], [[-1.5, -2.5], [-0.25], [], [-9.0]]
+    group = [
+        grpo.Sample(0, [1], [2] * len(own), [True] * len(own), own, True, [], "", ref_logps=ref)
+        for own, ref in zip(logps, ref_logps, strict=True)
+    ]
+    numbers = [[[math.nan if r is None else r for r in sample] for sample in rewards[0]]]
+    found, _ = grpo.advantages(*grpo.add_kl_reward(torch.tensor(numbers, dtype=torch.float64), [group], args))
+    kl = [1.0, -0.25, 0.0]
+    if aggregation == "sum_then_normalize":
+        totals = [2.0 * b - 0.3 * k for b, k in zip([1.0, 0.0, 3.0], kl, strict=True)]
+        expected = [[*(np.array(totals) - np.mean(totals)), math.nan]]
+    else:
+        three = [[[*sample, k] for sample, k in zip(rewards[0], kl, strict=False)] + [[None] * 3]]
+        naive = naive_advantages(three, (0.0, 2.0, -0.3), args)
+        expected = [[math.nan if a is None else a for a in naive[0]]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+    group[0].old_logps = [-3.0, -3.0]  # the policy's, where they were computed again
+    rewards_PGR, _ = grpo.add_kl_reward(torch.tensor(numbers, dtype=torch.float64), [group], args)
+    assert rewards_PGR[0, 0, 2] == pytest.approx(-2.0)
+
+
 # ---- Losses against TRL's own code -----------------------------------------------------------------------------------
 
 VARIANTS = {
@@ -490,6 +517,16 @@ def test_the_reference_is_the_model_as_given(tmp_path):
         rows = train(tmp_path / name, beta=0.1, **lora)
         assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
         assert rows[2]["kl"] > 1e-6
+
+
+def test_a_run_with_the_divergence_in_the_reward(tmp_path):
+    """With rewards that weigh nothing, advantages are the divergence's, from the second step on."""
+    flags = {"rewards": ("accuracy",), "reward_weights": (1e-9,), "learning_rate": 1e-3, "max_steps": 2}
+    rows = train(tmp_path / "run", beta=1.0, kl_in_reward=True, **flags)
+    said = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    largest = [max(abs(row["advantage"]) for row in said if row["step"] == step) for step in (1, 2)]
+    assert largest[0] < 0.1 < 0.5 < largest[1]
+    assert rows[1]["kl"] > 1e-6
 
 
 @pytest.mark.parametrize("save_every", [1, 2])
