@@ -1195,7 +1195,7 @@ class RunLog:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {self.path} is damaged: {error!r}; mend or delete it") from error
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.evals = {row["step"]: row for row in rows if "eval/loss" in row}
+        self.evals = {row["step"]: row for row in rows if {"eval/loss", "eval/reward"} & row.keys()}
         if args.wandb != "disabled":
             import wandb  # slow to import, and not needed where it is disabled
 
@@ -1408,12 +1408,14 @@ def check_engine(args, engine, model, row, stop_ids, device):
     if any_rank(problem):
         raise problem or UserError("the engine of another rank failed")
     theirs, ours = [], []
+    model.eval()  # without LoRA's dropout
     for rollout in groups[0]:
         ids = np.array(rollout.prompt_ids + rollout.ids)
         batch = collate([(ids, np.arange(len(ids)) >= len(rollout.prompt_ids))], device)
         with torch.no_grad():
             ours += model.token_stats(batch, args.temperature).logps_N.tolist()
         theirs += rollout.logps
+    model.train()
     difference = np.abs(np.subtract(ours, theirs)).mean()
     bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
     if any_rank(not difference <= bound):
@@ -1543,12 +1545,14 @@ def collate_samples(samples, device, packing):
 def recompute(model, samples, plan, device, packing, temperature):
     """Log-probs and entropies of all samples' tokens under a model -> [logps, ...], [entropies, ...], a list
     of numbers for each sample."""
-    mine = []
+    mine, was_training = [], model.training
+    model.eval()  # without LoRA's dropout
     for chosen in plan[dist.get_rank()]:
         stats = model.token_stats(collate_samples([samples[i] for i in chosen], device, packing), temperature)
         sizes = [len(samples[i].logps) for i in chosen]
         parts = (values_N.split(sizes) if chosen else () for values_N in (stats.logps_N, stats.entropy_N))
         mine += [(i, logps_n.tolist(), h_n.tolist()) for i, logps_n, h_n in zip(chosen, *parts, strict=True)]
+    model.train(was_training)
     everything = sorted(gather_lists(mine))
     return [logps for _, logps, _ in everything], [entropies for _, _, entropies in everything]
 
@@ -1822,7 +1826,7 @@ def main(args):
         server.wait()
         server.check()
     if not any_rank(any(server.version != "default" for server in servers)):  # no other run has changed them
-        with adapter(policy, ""):
+        with adapter(policy, "" if servers else "default"):  # a server has the base, our copy all of --model
             engine_check()
 
     # ---- Resume, report ----
@@ -1900,9 +1904,9 @@ def main(args):
         lengths = [len(s.logps) for group in groups for s in group]
         log.evals[step] = {**metrics, "eval/completions/mean_length": float(np.mean(lengths))}
         log.write({"step": step, **log.evals[step]})
-        bar.write(
-            f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
-        )
+        if rank == 0:  # tqdm writes though it is disabled
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
+            bar.write(f"step {step}: {shown}")
 
     batch, saved = [Sample(**sample) for sample in progress["batch"]], progress
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
@@ -1977,7 +1981,8 @@ def main(args):
                 if not math.isnan(s.advantage) and (s.is_finished or not args.mask_truncated_completions)
             ]  # fmt: skip
             metrics |= {"generate_seconds": generate_seconds}
-            if args.eval_every and step % args.eval_every == 0:
+            is_due = step == 0 or (args.eval_every and step % args.eval_every < steps_per_batch)
+            if rank == 0 and is_due:
                 bar.write(show_samples(samples, tokenizer))
             if rank == 0:
                 with open(output_dir / "completions.jsonl", "a", encoding="utf-8") as file:

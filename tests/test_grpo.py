@@ -37,6 +37,9 @@ NOISE = (
 )
 
 
+EVAL_ROWS = [json.loads(line) for line in (ASSETS / "prompts_eval.jsonl").read_text().splitlines()]
+
+
 def train(output_dir, **flags):
     """Run grpo.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
     short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "num_generations": 4, "max_steps": 3}
@@ -483,6 +486,8 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
         "num_iterations": 2,
         "max_steps": 8,
         "beta": 0.05,
+        "eval_every": 0,
+        "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:5]),),
     }
     for ranks in (1, 2):
         result = run("grpo.py", *flags_of(output_dir=tmp_path / str(ranks), **flags), ranks=ranks)
@@ -491,6 +496,8 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
     said = [(tmp_path / ranks / "completions.jsonl").read_text().splitlines() for ranks in "12"]
     texts = [[json.loads(line)["completion"] for line in lines] for lines in said]
     assert texts[0] == texts[1]
+    assert result.stdout.count("step 0: eval/reward") == 1
+    assert result.stdout.count("rewards 1, advantage") == 1
 
 
 def test_zero_variance_groups_are_replaced_by_new_prompts(tmp_path):
@@ -530,12 +537,13 @@ def test_a_run_with_the_divergence_in_the_reward(tmp_path):
 
 
 @pytest.mark.parametrize("save_every", [1, 2])
-def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every):
+def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every, capsys):
     flags = {
         "steps_per_generation": 2,
         "num_iterations": 2,
         "beta": 0.1,
-        "eval_dataset": (str(ASSETS / "prompts_eval.jsonl"),),
+        "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:8]),),
+        "eval_every": 2,
     }
     straight = train(tmp_path / "straight", max_steps=8, **flags)
     args = {**flags, "save_every": save_every, "keep_checkpoints": 9}
@@ -543,12 +551,26 @@ def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every):
     for checkpoint in (tmp_path / "resumed").glob("checkpoint-*"):
         if int(checkpoint.name[-2:]) > 3:
             (checkpoint / "progress.json").unlink()
+    capsys.readouterr()
     assert train(tmp_path / "resumed", max_steps=8, resume=True, **args) == straight
+    assert "before training" in capsys.readouterr().out
     assert (tmp_path / "resumed" / "completions.jsonl").read_text() == (
         tmp_path / "straight" / "completions.jsonl"
     ).read_text()
     for name, weight in weights(tmp_path / "straight").items():
         assert torch.equal(weights(tmp_path / "resumed")[name], weight)
+
+
+def test_an_adapter_is_trained_further(tmp_path):
+    """The engine starts from it, and --beta holds the policy by it; dropout is for the gradient alone."""
+    flags = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2}
+    train(tmp_path / "first", **flags)
+    again = {"model": str(tmp_path / "first" / "final"), **flags}
+    rows = train(tmp_path / "second", num_iterations=2, lora_dropout=0.3, **again)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+    rows = train(tmp_path / "third", beta=0.1, **again)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
 
 
 def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(tmp_path):
