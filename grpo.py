@@ -102,8 +102,6 @@ TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen 
 RUN_FLAGS = ["output_dir", "resume", "save_every", "keep_checkpoints", "eval_every", "log_every", "wandb"]
 RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compile"]
 RUN_FLAGS += ["vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"]
-# Losses that divide by all trained tokens of a generation batch; the others by what `token_weights` says.
-PER_TOKEN = {"dapo", "cispo", "vespo"}
 CLIPPED = {"grpo", "bnpo", "dr_grpo", "dapo", "luspo"}
 
 
@@ -1653,9 +1651,18 @@ def check_args(args):
     for name in above_0.split():
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
-    for name in ("beta", "entropy_coef", "max_replacements", "max_failed_rewards"):
-        if not 0 <= getattr(args, name) < math.inf:
+    or_0 = "beta entropy_coef max_replacements max_failed_rewards router_aux_loss_coef vespo_k_pos"
+    or_0 += " vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+    for name in or_0.split():
+        if not 0 <= (getattr(args, name) or 0) < math.inf:
             raise UserError(f"{flag(name)} is {getattr(args, name)}; it must be 0 or more")
+    if args.off_policy_mask_threshold is not None and not math.isfinite(args.off_policy_mask_threshold):
+        raise UserError(f"--off-policy-mask-threshold is {args.off_policy_mask_threshold}; it must be finite")
+    if args.loss_type == "cispo" and clip_high(args) < 1:
+        raise UserError(
+            f"--epsilon-high {args.epsilon_high} is cispo's largest weight, not a distance from 1: it would "
+            "scale all tokens down. Take 5, or leave it out"
+        )
     if args.num_generations < 2:
         raise UserError(
             "--num-generations must be 2 or more: samples of a prompt are compared with each other"
@@ -1724,6 +1731,7 @@ def check_args(args):
         "max_replacements": (args.zero_variance == "replace", "--zero-variance replace"),
         "baseline": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
         "scale_rewards": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
+        "eval_generations": (args.eval_dataset, "--eval-dataset"),
         "max_turns": (args.environment, "--environment"),
         "environment_timeout": (args.environment, "--environment"),
         "importance_sampling_clip_min": (args.importance_sampling_mode != "none", "a correction"),
@@ -1745,6 +1753,17 @@ def with_default_rewards(args, has_reward):
     return replace(args, rewards=args.rewards or (("environment",) if has_reward else ("accuracy",)))
 
 
+def router_aux_coef(args, config):
+    """Weight of the load-balancing loss: the flag's, else the config's; 0 for a model without experts."""
+    text = config.get_text_config()
+    if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
+        given = args.router_aux_loss_coef
+        return getattr(text, "router_aux_loss_coef", 0.0) if given is None else given
+    if args.router_aux_loss_coef is not None:
+        raise UserError("--router-aux-loss-coef needs a mixture of experts, which this model is not")
+    return 0.0
+
+
 def main(args):
     # ---- Checks and data, before any process waits for another ----
     args = without_foreign_eval(args)
@@ -1754,6 +1773,7 @@ def main(args):
     args = with_default_rewards(args, environment is not None and environment.has_reward)
     check_args(args)
     config = load_config(args)
+    aux_coef = router_aux_coef(args, config)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
     room = min(check_lengths(args, config), args.micro_batch_tokens) - args.max_completion_length
     if room < 1:
@@ -2022,16 +2042,23 @@ def main(args):
 
         # ---- Forward and backward, micro-batch by micro-batch ----
         totals, extremes, micro_losses = Counter(), [], []
+        step_length = max(1, sum(len(s.prompt_ids) + len(s.ids) for s in samples))
+        aux_total = torch.zeros((), device=device)
         for chosen in plan[rank]:
             if any_rank(caught_signals):
                 break
             some = [samples[i] for i in chosen]
             sampled = stack_tokens(some, weights_B[chosen], device)
-            stats = unwrap(policy).token_stats(collate_samples(some, device, packing), args.temperature)
+            micro_batch = collate_samples(some, device, packing)
+            stats = unwrap(policy).token_stats(micro_batch, args.temperature, want_aux_loss=aux_coef > 0)
             loss, is_trained_N, sums, most = grpo_loss(stats, sampled, args, entropy_floor)
             if args.entropy_coef:
                 entropy = (stats.entropy_N * is_trained_N).sum() / max(1, entropy_tokens)
                 loss = loss - args.entropy_coef * entropy
+            if aux_coef > 0:  # exempt from independence of hardware, as in other scripts
+                share = sum(len(s.prompt_ids) + len(s.ids) for s in some) / step_length
+                loss = loss + aux_coef * stats.aux_loss * share
+                aux_total += stats.aux_loss.detach() * share
             (loss * world_size).backward()  # FSDP averages over ranks; this is a share of a global mean
             totals.update({"loss": loss.detach(), **sums})
             extremes.append(torch.stack([*most.values()]))
@@ -2055,15 +2082,15 @@ def main(args):
             for name, value in zip(most, extremes.tolist(), strict=True)
         }
         if not math.isfinite(metrics["loss"] + grad_norm):
-            raise UserError(
-                f"step {step + 1}: the loss is {metrics['loss']}, the gradient norm {grad_norm}; nothing was "
-                "updated. Lower --learning-rate, or look at this step in completions.jsonl"
-            )
+            rows = [epoch_order(n, args.seed, s.cursor // n)[s.cursor % n] for s in samples]
+            rows, place_S = np.unique(rows, return_inverse=True)
+            asked = [np.unique(place_S[chosen]) for chosen in plan[rank]]
+            stop_non_finite(step + 1, metrics["loss"], grad_norm, data, rows, asked, micro_losses)
         optimizer.step()
         optimizer.zero_grad()
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             move_reference(reference, policy, args.ref_model_mixup_alpha)
-        pending = [] if (step + 1) % steps_per_batch == 0 else [asdict(s) for s in batch]
+        pending = [] if (step + 1) % steps_per_batch == 0 else [vars(s) for s in batch]
         progress = {"step": step + 1, "tokens": progress["tokens"] + step_tokens, "cursor": cursor}
         saved = {**progress, "batch": pending}
 
@@ -2075,6 +2102,9 @@ def main(args):
                 f"reward {metrics['reward']:.3f}, {step_tokens / seconds:,.0f} tokens/s", refresh=False
             )
         if progress["step"] % args.log_every == 0 or progress["step"] == total_steps:
+            if aux_coef > 0:
+                dist.all_reduce(aux_total)
+                metrics["aux_loss"] = aux_total.item()
             metrics |= {"epoch": cursor / len(data), "grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics |= {"train_seconds": time.perf_counter() - train_began}
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}

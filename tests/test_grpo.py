@@ -22,7 +22,7 @@ from conftest import (
     weights,
     write_rows,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 import grpo
@@ -610,6 +610,52 @@ def test_kill_then_resume_is_exact(tmp_path):
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "straight")
 
 
+def test_a_non_finite_loss_names_the_rows(tmp_path, monkeypatch):
+    """That of the second prompt's samples: nothing is updated, and no other rows are named."""
+    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in (3, 4, 5, 6)]
+    honest, seen = grpo.grpo_loss, []
+
+    def broken(stats, sampled, args, floor):
+        loss, *others = honest(stats, sampled, args, floor)
+        seen.append(loss)
+        return (loss * math.nan if len(seen) == 2 else loss), *others
+
+    monkeypatch.setattr(grpo, "grpo_loss", broken)
+    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "micro_batch_tokens": 60}
+    with pytest.raises(
+        UserError, match=r"step 1: the loss is nan.*Look at the [123] rows concerned.*: \d of .*rows.jsonl"
+    ):
+        train(tmp_path / "run", **flags)
+    assert len(seen) > 2
+
+
+def test_mixture_of_experts_aux_loss(tmp_path):
+    """With the config's weight, or the flag's; test_sft.py compares the loss itself with transformers'."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        tie_word_embeddings=True, router_aux_loss_coef=0.3,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "moe")
+    load_tokenizer(str(ASSETS / "model")).save_pretrained(tmp_path / "moe")
+    flags = {
+        "model": str(tmp_path / "moe"),
+        "max_steps": 1,
+        "max_completion_length": 4,
+        "max_failed_rewards": 1.0,
+    }
+    (plain,) = train(tmp_path / "plain", router_aux_loss_coef=0.0, **flags)
+    (config_s,) = train(tmp_path / "config", **flags)
+    (given,) = train(tmp_path / "given", router_aux_loss_coef=0.1, **flags)
+    assert "aux_loss" not in plain
+    assert config_s["aux_loss"] == given["aux_loss"] > 1  # about top-k, where experts are used alike
+    assert config_s["loss"] == pytest.approx(plain["loss"] + 0.3 * config_s["aux_loss"], abs=1e-5)
+    assert given["loss"] == pytest.approx(plain["loss"] + 0.1 * given["aux_loss"], abs=1e-5)
+    assert given["grad_norm"] != plain["grad_norm"]
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
@@ -623,6 +669,12 @@ BAD_FLAGS = {
     "delta below": ({"delta": 1.1}, r"--delta 1.1 must be above 1 \+ epsilon, 1.2"),
     "weights": ({"reward_weights": (1.0, 2.0)}, "--reward-weights has 2 weights for 1 rewards"),
     "quantile": ({"top_entropy_quantile": 1.5}, "it must be at most 1"),
+    "router loss without experts": ({"router_aux_loss_coef": 0.1}, "--router-aux-loss-coef needs a mixture of experts"),
+    "router loss": ({"router_aux_loss_coef": -0.1}, "--router-aux-loss-coef is -0.1; it must be 0 or more"),
+    "cispo's bound": ({"loss_type": "cispo", "epsilon_high": 0.28}, "cispo's largest weight, not a distance from 1"),
+    "vespo": ({"loss_type": "vespo", "importance_sampling_mode": "none", "vespo_k_neg": math.nan}, "must be 0 or more"),
+    "threshold": ({"off_policy_mask_threshold": math.nan}, "it must be finite"),
+    "pass@k of nothing": ({"eval_generations": 4}, "--eval-generations does not apply .* it needs --eval-dataset"),
     "temperature": ({"temperature": 0.0}, "--temperature is 0.0; it must be above 0"),
 }  # fmt: skip
 
