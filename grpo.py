@@ -15,13 +15,14 @@ position positions_N[i] predicts; logps_N[i] is its log-prob. Policies: policy_ 
 tokens, old_ is the policy when its batch was drawn, ref_ is what --beta holds the policy by. Tokens that a
 tool wrote are attended to, and neither trained nor counted.
 
-Metrics: reward, reward_std (of a group, mean), rewards/<name>/mean and /std, frac_reward_zero_std (groups
-without a signal), failed_rewards, drawn_prompts; completions/mean_length, /min_length, /max_length,
+Metrics: reward, reward_std (of the batch), rewards/<name>/mean and /std, frac_reward_zero_std (groups without
+a signal), failed_rewards, drawn_prompts; completions/mean_length, /min_length, /max_length,
 /clipped_ratio, /mean_terminated_length, /min_... and /max_...; entropy; kl; clip_ratio/low_mean, /high_mean,
 /region_mean (shares of tokens), /low_min and /high_max (of a sample's); cispo_clip_ratio; vespo/phi_seq_mean;
 sampling/sampling_logp_difference/mean, /max; sampling/importance_sampling_ratio/mean, /min, /max;
 tools/call_frequency (a sample), tools/failure_frequency, turns/mean; generate_seconds (rewards included),
-train_seconds. Held-out: eval/reward, greedy, or the mean over --eval-generations samples, with eval/pass@k.
+train_seconds, generate_tokens_per_second, train_tokens_per_second; aux_loss (mixtures of experts). Held-out:
+eval/reward, greedy or the mean over --eval-generations samples, eval/pass@k, eval/failed_rewards.
 
 CPU:    python grpo.py                               (the embedded model and data, in three minutes)
 1 GPU:  python grpo.py --engine vllm --model Qwen/Qwen3-0.6B --dataset prompts.jsonl --learning-rate 1e-6
@@ -205,7 +206,7 @@ class Args:
     temperature: float = 1.0
     """Of sampling, and of the log-probs that are trained."""
     eval_generations: int = 1
-    """Samples of each held-out prompt; 1 is greedy."""
+    """Samples of each held-out prompt; 1 is greedy. pass@k: for one of them the first reward is 1 or more."""
     engine: Literal["hf", "vllm"] = "hf"
     """What generates: a copy of the policy in this process, or vLLM servers."""
     vllm_url: tuple[str, ...] = ()
@@ -376,10 +377,11 @@ def add_kl_reward(rewards_PGR, groups, args):
 
 
 def nanstd(values, dim=None):
-    """Standard deviation (of a sample) of what is not NaN, over one kept dimension or all."""
+    """Standard deviation (of a sample) of what is not NaN, over one kept dimension or all; NaN of nothing."""
     dims = {} if dim is None else {"dim": dim, "keepdim": True}
     count = (~values.isnan()).sum(**dims)
-    return ((values - values.nanmean(**dims)).square().nansum(**dims) / (count - 1).clamp(min=1)).sqrt()
+    variance = (values - values.nanmean(**dims)).square().nansum(**dims) / (count - 1).clamp(min=1)
+    return variance.where(count > 0, math.nan).sqrt()
 
 
 class Sampled(NamedTuple):
@@ -1578,12 +1580,12 @@ def stack_tokens(samples, weights_B, device):
 
 def rollout_metrics(samples, reward_PG, args):
     """Metrics of a generation batch, by TRL's names."""
-    rewards_SR = np.array([s.rewards for s in samples], dtype=float)
+    rewards_SR = torch.tensor([s.rewards for s in samples], dtype=torch.float64)
     lengths, finished = [len(s.logps) for s in samples], [len(s.logps) for s in samples if s.is_finished]
     spread_P = nanstd(reward_PG, 1)
     metrics = {
         "reward": reward_PG.nanmean().item(),
-        "reward_std": spread_P.nanmean().item(),
+        "reward_std": nanstd(reward_PG).item(),
         "frac_reward_zero_std": (spread_P < 1e-8).double().mean().item(),
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": min(lengths),
@@ -1599,9 +1601,9 @@ def rollout_metrics(samples, reward_PG, args):
         metrics["tools/failure_frequency"] = sum(s.failed_calls for s in samples) / max(1, calls)
         metrics["turns/mean"] = float(np.mean([s.turns for s in samples]))
     for name, values_S in zip(args.rewards, rewards_SR.T, strict=True):
-        short, known_S = name.rpartition(".py:")[2], values_S[~np.isnan(values_S)]
-        metrics[f"rewards/{short}/mean"] = float(known_S.mean()) if len(known_S) else math.nan
-        metrics[f"rewards/{short}/std"] = float(known_S.std()) if len(known_S) else math.nan
+        short = name.rpartition(".py:")[2]
+        metrics[f"rewards/{short}/mean"] = values_S.nanmean().item()
+        metrics[f"rewards/{short}/std"] = nanstd(values_S).item()
     return metrics
 
 
@@ -1850,7 +1852,7 @@ def main(args):
             engine_check()
 
     # ---- Resume, report ----
-    progress = {"step": 0, "tokens": 0, "cursor": 0, "batch": []}
+    progress = {"step": 0, "tokens": 0, "cursor": 0, "batch": [], "rollout": {}}
     if args.resume:
         check_resumable(output_dir, args, data_digest)
         if checkpoints := complete_checkpoints(output_dir):
@@ -1912,23 +1914,25 @@ def main(args):
         temperature = 0 if k == 1 else args.temperature
         rows = eval_data.select(mine)
         asked = args, engine, worker, play, tokenizer, rows, mine, k, temperature, stop_ids
-        groups, _ = with_engine(step, roll_out, *asked, 1)
-        groups = gather_lists(groups)
+        groups, failures = with_engine(step, roll_out, *asked, 1)
+        groups, failures = gather_lists(groups), gather_lists([failures])
         rewards_PKR = torch.tensor([[s.rewards for s in group] for group in groups], dtype=torch.float64)
         weights_R = torch.tensor(args.reward_weights or (1.0,) * len(args.rewards), dtype=torch.float64)
         reward_PK = (rewards_PKR * weights_R).nansum(2).masked_fill(rewards_PKR.isnan().all(2), math.nan)
         metrics = {"eval/reward": reward_PK.nanmean().item()}
         if k > 1:
-            best_P = reward_PK.nan_to_num(-math.inf).amax(1)
-            metrics[f"eval/pass@{k}"] = (best_P >= weights_R.sum()).double().mean().item()
+            passed_PK = rewards_PKR[:, :, 0] >= 1
+            metrics[f"eval/pass@{k}"] = passed_PK.any(1).double().mean().item()
+        metrics["eval/failed_rewards"] = sum(sum(failures, Counter()).values())
         lengths = [len(s.logps) for group in groups for s in group]
         log.evals[step] = {**metrics, "eval/completions/mean_length": float(np.mean(lengths))}
-        log.write({"step": step, **log.evals[step]})
+        log.write({"step": step} | {name: finite(value) for name, value in log.evals[step].items()})
         if rank == 0:  # tqdm writes though it is disabled
             shown = ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
             bar.write(f"step {step}: {shown}")
 
     batch, saved = [Sample(**sample) for sample in progress["batch"]], progress
+    rollout, reward = progress["rollout"], math.nan  # metrics of the newest batch, until a row has them
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
 
     # ---- Training ----
@@ -1972,8 +1976,8 @@ def main(args):
                     f"--reward-timeout. {problem}"
                 )
             rewards_PGR = torch.tensor([[s.rewards for s in group] for group in drawn], dtype=torch.float64)
-            metrics |= rollout_metrics(samples, advantages(rewards_PGR, args)[1], args)
-            metrics |= {"failed_rewards": sum(failures.values()), "drawn_prompts": len(drawn)}
+            rollout = rollout_metrics(samples, advantages(rewards_PGR, args)[1], args)
+            rollout |= {"failed_rewards": sum(failures.values()), "drawn_prompts": len(drawn)}
             kept = [s for group in groups for s in group]
             plan = plan_samples(kept, world_size, args.micro_batch_tokens, packing)
             if reference is not None:
@@ -2000,7 +2004,10 @@ def main(args):
                 s for s in kept
                 if not math.isnan(s.advantage) and (s.is_finished or not args.mask_truncated_completions)
             ]  # fmt: skip
-            metrics |= {"generate_seconds": generate_seconds}
+            sampled_tokens = sum(len(s.logps) for s in samples)
+            rollout |= {"generate_seconds": generate_seconds}
+            rollout |= {"generate_tokens_per_second": sampled_tokens / generate_seconds}
+            reward = rollout["reward"]
             is_due = step == 0 or (args.eval_every and step % args.eval_every < steps_per_batch)
             if rank == 0 and is_due:
                 bar.write(show_samples(samples, tokenizer))
@@ -2092,23 +2099,26 @@ def main(args):
             move_reference(reference, policy, args.ref_model_mixup_alpha)
         pending = [] if (step + 1) % steps_per_batch == 0 else [vars(s) for s in batch]
         progress = {"step": step + 1, "tokens": progress["tokens"] + step_tokens, "cursor": cursor}
-        saved = {**progress, "batch": pending}
 
         # ---- Log, evaluate, save ----
         seconds = time.perf_counter() - began
         bar.update()
-        if "reward" in metrics:
-            bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f}, {step_tokens / seconds:,.0f} tokens/s", refresh=False
-            )
+        bar.set_postfix_str(
+            f"reward {reward:.3f}, loss {metrics['loss']:.4f}, {step_tokens / seconds:,.0f} tokens/s",
+            refresh=False,
+        )
         if progress["step"] % args.log_every == 0 or progress["step"] == total_steps:
             if aux_coef > 0:
                 dist.all_reduce(aux_total)
                 metrics["aux_loss"] = aux_total.item()
             metrics |= {"epoch": cursor / len(data), "grad_norm": grad_norm, "learning_rate": learning_rate}
-            metrics |= {"train_seconds": time.perf_counter() - train_began}
+            train_seconds = time.perf_counter() - train_began
+            metrics |= {"train_seconds": train_seconds}
+            metrics |= {"train_tokens_per_second": step_tokens / train_seconds}
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
-            log.write({**progress, **metrics})
+            metrics, rollout = {**rollout, **metrics}, {}
+            log.write({name: finite(value) for name, value in {**progress, **metrics}.items()})
+        saved = {**progress, "batch": pending, "rollout": rollout}
         evaluate_when_due(progress["step"])
         if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):
             save_checkpoint(output_dir, saved, policy, optimizer, args.keep_checkpoints, **moving)

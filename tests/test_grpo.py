@@ -29,12 +29,8 @@ import grpo
 from common import HFEngine, UserError, collate, draw, load_tokenizer
 
 # What depends on the clock, and a difference of roundings
-NOISE = (
-    "generate_seconds",
-    "train_seconds",
-    "sampling/sampling_logp_difference/max",
-    "sampling/sampling_logp_difference/mean",
-)
+TIMES = ("generate_seconds", "train_seconds", "generate_tokens_per_second", "train_tokens_per_second")
+NOISE = (*TIMES, "sampling/sampling_logp_difference/max", "sampling/sampling_logp_difference/mean")
 
 
 EVAL_ROWS = [json.loads(line) for line in (ASSETS / "prompts_eval.jsonl").read_text().splitlines()]
@@ -44,7 +40,7 @@ def train(output_dir, **flags):
     """Run grpo.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
     short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "num_generations": 4, "max_steps": 3}
     grpo.main(replace(grpo.Args(output_dir=str(output_dir)), **{**short, **flags}))
-    return metrics_of(output_dir, without=NOISE[:2])
+    return metrics_of(output_dir, without=TIMES)
 
 
 def metrics_of(output_dir, without=NOISE):
@@ -158,6 +154,29 @@ def test_the_divergence_in_the_reward_has_weight_beta_whatever_the_rewards_have(
     group[0].old_logps = [-3.0, -3.0]  # the policy's, where they were computed again
     rewards_PGR, _ = grpo.add_kl_reward(torch.tensor(numbers, dtype=torch.float64), [group], args)
     assert rewards_PGR[0, 0, 2] == pytest.approx(-2.0)
+
+
+def test_metrics_of_rewards_are_trls():
+    """One group without any reward, one sample and one function without; std of the batch, and of a sample."""
+    rewards = [
+        [[1, None], [0, 2.0], [1, 1.0], [0, 3.0]],
+        [[None, None]] * 4,
+        [[1, 4.0], [1, 4.0], [1, 4.0], [None, None]],
+    ]
+    rewards_PGR = torch.tensor(
+        [[[math.nan if r is None else r for r in s] for s in group] for group in rewards]
+    ).double()
+    args = grpo.Args(rewards=("a", "b.py:f"), reward_weights=(1.0, 0.5))
+    flat = [s for group in rewards_PGR.tolist() for s in group]
+    samples = [grpo.Sample(0, [1], [2], [True], [-1.0], True, s, "") for s in flat]
+    found = grpo.rollout_metrics(samples, grpo.advantages(rewards_PGR, args)[1], args)
+    totals = [1, 1.0, 1.5, 1.5, 3, 3, 3]
+    assert found["reward"] == pytest.approx(np.mean(totals))
+    assert found["reward_std"] == pytest.approx(np.std(totals, ddof=1))  # grpo_trainer.py: nanstd(rewards)
+    assert found["frac_reward_zero_std"] == pytest.approx(1 / 3)  # a group without rewards has no spread of 0
+    assert found["rewards/a/mean"] == pytest.approx(5 / 7)
+    assert found["rewards/a/std"] == pytest.approx(np.std([1, 0, 1, 0, 1, 1, 1], ddof=1))
+    assert found["rewards/f/std"] == pytest.approx(np.std([2, 1, 3, 4, 4, 4], ddof=1))
 
 
 # ---- Losses against TRL's own code -----------------------------------------------------------------------------------
@@ -534,6 +553,49 @@ def test_a_run_with_the_divergence_in_the_reward(tmp_path):
     largest = [max(abs(row["advantage"]) for row in said if row["step"] == step) for step in (1, 2)]
     assert largest[0] < 0.1 < 0.5 < largest[1]
     assert rows[1]["kl"] > 1e-6
+
+
+def test_every_rollout_is_in_a_row(tmp_path):
+    """Also where --log-every and the steps a generation have a common divisor; resumed within a batch, too."""
+    flags = {"steps_per_generation": 2, "log_every": 2, "max_steps": 4}
+    each = train(tmp_path / "each", **flags | {"log_every": 1})
+    some = train(tmp_path / "some", save_every=1, keep_checkpoints=9, **flags)
+    assert [row["step"] for row in some] == [2, 4]
+    for row, (first, second) in zip(some, (each[:2], each[2:]), strict=True):
+        assert "reward" not in second
+        assert row == {**first, **second}
+    for step in (2, 3, 4):
+        (tmp_path / "some" / f"checkpoint-{step:08d}" / "progress.json").unlink()
+    assert train(tmp_path / "some", save_every=1, keep_checkpoints=9, resume=True, **flags) == some
+
+
+def test_evaluation_by_samples(tmp_path):
+    """pass@k is of the first reward, whatever the others can reach; what fails is counted; JSON has no NaN."""
+    path = tmp_path / "rewards.py"
+    path.write_text("""
+def correct(completions, **_):
+    return [float(len(c[0]["content"]) > 2) for c in completions]
+
+def never(completions, **_):
+    return [None for _ in completions]
+
+def broken(completions, **_):
+    return [float("nan") if len(c[0]["content"]) > 2 else 0.0 for c in completions]
+""")
+    flags = {
+        "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:6]),),
+        "eval_generations": 3,
+        "max_steps": 1,
+    }
+    named = (f"{path}:correct", "overlong:4", f"{path}:never")
+    rows = train(tmp_path / "run", rewards=named, reward_weights=(1.0, 2.0, 3.0), **flags)
+    assert rows[0]["eval/pass@3"] > 0.2
+    assert rows[0]["eval/failed_rewards"] == 0
+    assert rows[1]["rewards/never/mean"] is None
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    rows = train(tmp_path / "broken", rewards=(f"{path}:broken",), max_failed_rewards=1.0, **flags)
+    assert 0 < rows[0]["eval/failed_rewards"] <= 18
+    assert rows[0]["eval/pass@3"] == 0
 
 
 @pytest.mark.parametrize("save_every", [1, 2])
