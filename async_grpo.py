@@ -60,6 +60,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -207,7 +208,7 @@ class Args:
     temperature: float = 1.0
     """Of sampling, and of the log-probs that are trained."""
     eval_generations: int = 1
-    """Samples of each held-out prompt; 1 is greedy."""
+    """Samples of each held-out prompt; 1 is greedy. pass@k: for one of them the first reward is 1 or more."""
     engine: Literal["hf", "vllm"] = "hf"
     """What generates: a copy of the policy in this process, or vLLM servers."""
     vllm_url: tuple[str, ...] = ()
@@ -281,9 +282,9 @@ class Args:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL divergence, http://joschu.net/blog/kl-approx.html; k1 only with one of the next two."""
     use_bias_correction_kl: bool = True
-    """Multiply it by the ratio, whose gradient is then the divergence's own."""
+    """Multiply it by the ratio: its gradient is then the divergence's own, off policy, too."""
     kl_in_reward: bool = False
-    """Subtract beta times k1 from the reward, rather than add the estimator to the loss."""
+    """Subtract beta times a sample's k1 from its reward, rather than add the estimator to the loss."""
     sync_ref_model: bool = False
     """TR-DPO: move the reference towards the policy every --ref-model-sync-steps."""
     ref_model_mixup_alpha: float = 0.6
@@ -373,11 +374,24 @@ def advantages(rewards_PGR, args):
     return (reward_PG - baseline_PG) / scale_PG, reward_PG
 
 
+def add_kl_reward(rewards_PGR, groups, args):
+    """--kl-in-reward: the divergence from the reference, k1 of each sample, as one more reward, of weight
+    -beta -> rewards_PGR, args; NaN where there is no other."""
+    kl_PG = torch.tensor(
+        [[sum(s.old_logps or s.logps) - sum(s.ref_logps) for s in group] for group in groups]
+    )
+    kl_PG = kl_PG.to(rewards_PGR).masked_fill(rewards_PGR.isnan().all(2), math.nan)
+    weights_R = (*(args.reward_weights or (1.0,) * len(args.rewards)), -args.beta)
+    args = replace(args, rewards=(*args.rewards, "kl"), reward_weights=weights_R)
+    return torch.cat([rewards_PGR, kl_PG[:, :, None]], 2), args
+
+
 def nanstd(values, dim=None):
-    """Standard deviation (of a sample) of what is not NaN, over one kept dimension or all."""
+    """Standard deviation (of a sample) of what is not NaN, over one kept dimension or all; NaN of nothing."""
     dims = {} if dim is None else {"dim": dim, "keepdim": True}
     count = (~values.isnan()).sum(**dims)
-    return ((values - values.nanmean(**dims)).square().nansum(**dims) / (count - 1).clamp(min=1)).sqrt()
+    variance = (values - values.nanmean(**dims)).square().nansum(**dims) / (count - 1).clamp(min=1)
+    return variance.where(count > 0, math.nan).sqrt()
 
 
 class Sampled(NamedTuple):
@@ -425,7 +439,8 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
     if args.importance_sampling_mode.endswith("truncate"):
         correction_N = sampler_ratio_N.clamp(least, most)
     elif args.importance_sampling_mode.endswith("mask"):
-        correction_N = sampler_ratio_N * ((sampler_ratio_N >= least) & (sampler_ratio_N <= most))
+        is_kept_N = (sampler_ratio_N >= least) & (sampler_ratio_N <= most)
+        correction_N = sampler_ratio_N.where(is_kept_N, 0)  # no product: the ratio of a long one may be inf
     else:
         correction_N = torch.ones_like(sampler_ratio_N)
 
@@ -457,7 +472,7 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
     if args.loss_type != "vespo":
         losses_N = losses_N * correction_N
     sums = {}
-    if sampled.ref_logps_N is not None and not args.kl_in_reward:
+    if sampled.ref_logps_N is not None:
         ref_ratio_N = sampled.ref_logps_N - logps_N
         match args.kl_estimator:
             case "k1":
@@ -466,7 +481,9 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
                 kl_N = ref_ratio_N.square() / 2
             case "k3":
                 kl_N = torch.expm1(ref_ratio_N) - ref_ratio_N
-        losses_N = losses_N + args.beta * (kl_N * ratio_N if args.use_bias_correction_kl else kl_N)
+        if args.use_bias_correction_kl:  # the gradient of the ratio is part of it, but in k2
+            kl_N = kl_N * (ratio_N.detach() if args.kl_estimator == "k2" else ratio_N)
+        losses_N = losses_N if args.kl_in_reward else losses_N + args.beta * kl_N
         sums["kl"] = kl_N
     is_low_N, is_high_N = (ratio_N < low) & (advantage_N < 0), (ratio_N > high) & (advantage_N > 0)
     most_of = {
@@ -866,7 +883,7 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings:
+        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
                 "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
                 "out or take other --lora-targets"
@@ -1188,7 +1205,7 @@ class RunLog:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {self.path} is damaged: {error!r}; mend or delete it") from error
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.evals = {row["step"]: row for row in rows if "eval/loss" in row}
+        self.evals = {row["step"]: row for row in rows if {"eval/loss", "eval/reward"} & row.keys()}
         if args.wandb != "disabled":
             import wandb  # slow to import, and not needed where it is disabled
 
@@ -1277,11 +1294,12 @@ def write_model(args, path, policy, weights, stop_ids, dtype):
             if name not in tied
         }
         model.save_pretrained(path, state_dict=weights)
-    if args.lora_merge:  # into the weights as they were given, also where training held them in 4 bits
-        labels = {} if model.can_generate() else {"num_labels": model.num_labels}
-        base = type(model).from_pretrained(
-            base_model(args), dtype=dtype, trust_remote_code=args.trust_remote_code, **labels
-        )
+    if args.lora_rank and args.lora_merge:  # into the weights as given, also where training held 4 bits
+        options = {"dtype": dtype, "trust_remote_code": args.trust_remote_code}
+        options |= {} if model.can_generate() else {"num_labels": model.num_labels}
+        base = type(model).from_pretrained(base_model(args), **options)
+        if not model.can_generate():  # a reward model, which may have a row of embeddings for a pad token
+            base.resize_token_embeddings(model.config.get_text_config().vocab_size, mean_resizing=False)
         base.config.pad_token_id = model.config.pad_token_id
         merged = PeftModel.from_pretrained(base, path).merge_and_unload()
         if model.can_generate():
@@ -1309,17 +1327,20 @@ def copy_reference(args, policy, dtype):
 
 @contextmanager
 def adapter(policy, name):
-    """Compute with the adapter `name` ("" is none) for a while. PEFT's own way changes requires_grad, which
-    FSDP has read by then."""
-    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    """Compute with the adapter `name` ("" is none), without its dropout, for a while. PEFT's own way changes
+    requires_grad, which FSDP has read by then."""
+    kinds = BaseTunerLayer, AuxiliaryTrainingWrapper  # the latter holds what is trained whole, as embeddings
+    layers = [module for module in policy.modules() if isinstance(module, kinds)]
+    before = [(layer._active_adapter, layer._disable_adapters, layer.training) for layer in layers]
     for layer in layers:
         layer._active_adapter, layer._disable_adapters = [name], not name
+        layer.eval()
     try:
         yield
     finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
+        for layer, (active, disabled, training) in zip(layers, before, strict=True):
             layer._active_adapter, layer._disable_adapters = active, disabled
+            layer.train(training)
 
 
 @torch.no_grad()
@@ -1406,6 +1427,7 @@ def check_log_probs(args, rollouts, model, device):
     """UserError where the trainer gives other log-probs than the engine to what that sampled, with the
     trainer's own weights. All ranks take part."""
     theirs, ours = [], []
+    model.eval()  # without LoRA's dropout
     for rollout in rollouts:
         ids, mask = rollout.prompt_ids + rollout.ids, rollout.mask or [True] * len(rollout.ids)
         document = np.array(ids), np.array([False] * len(rollout.prompt_ids) + mask)
@@ -1413,6 +1435,7 @@ def check_log_probs(args, rollouts, model, device):
             stats = model.token_stats(collate([document], device), args.temperature)
         ours += stats.logps_N.tolist()
         theirs += rollout.logps
+    model.train()
     difference = np.abs(np.subtract(ours, theirs)).mean()
     bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
     if any_rank(not difference <= bound):
@@ -1529,12 +1552,10 @@ def set_advantages(groups, args):
     """Give each sample its advantage, with --kl-in-reward less of a divergence from the reference."""
     if not groups:
         return
-    rewards_PGR = rewards_of(groups)
+    judged = rewards_of(groups), args
     if args.kl_in_reward:
-        for p, group in enumerate(groups):
-            for g, s in enumerate(group):
-                rewards_PGR[p, g, 0] -= args.beta * (sum(s.old_logps or s.logps) - sum(s.ref_logps))
-    advantage_PG, _ = advantages(rewards_PGR, args)
+        judged = add_kl_reward(judged[0], groups, args)
+    advantage_PG, _ = advantages(*judged)
     for group, values in zip(groups, advantage_PG.tolist(), strict=True):
         for s, value in zip(group, values, strict=True):
             s.advantage = value
@@ -1589,12 +1610,14 @@ def collate_samples(samples, device, packing):
 def recompute(model, samples, plan, device, packing, temperature):
     """Log-probs and entropies of all samples' tokens under a model -> [logps, ...], [entropies, ...], a list
     of numbers for each sample."""
-    mine = []
+    mine, was_training = [], model.training
+    model.eval()  # without LoRA's dropout
     for chosen in plan[dist.get_rank()]:
         stats = model.token_stats(collate_samples([samples[i] for i in chosen], device, packing), temperature)
         sizes = [len(samples[i].logps) for i in chosen]
         parts = (values_N.split(sizes) if chosen else () for values_N in (stats.logps_N, stats.entropy_N))
         mine += [(i, logps_n.tolist(), h_n.tolist()) for i, logps_n, h_n in zip(chosen, *parts, strict=True)]
+    model.train(was_training)
     everything = sorted(gather_lists(mine))
     return [logps for _, logps, _ in everything], [entropies for _, _, entropies in everything]
 
@@ -1622,12 +1645,12 @@ def stack_tokens(samples, weights_B, device):
 
 def rollout_metrics(samples, reward_PG, args):
     """Metrics of a generation batch, by TRL's names."""
-    rewards_SR = np.array([s.rewards for s in samples], dtype=float)
+    rewards_SR = torch.tensor([s.rewards for s in samples], dtype=torch.float64)
     lengths, finished = [len(s.logps) for s in samples], [len(s.logps) for s in samples if s.is_finished]
     spread_P = nanstd(reward_PG, 1)
     metrics = {
         "reward": reward_PG.nanmean().item(),
-        "reward_std": spread_P.nanmean().item(),
+        "reward_std": nanstd(reward_PG).item(),
         "frac_reward_zero_std": (spread_P < 1e-8).double().mean().item(),
         "completions/mean_length": float(np.mean(lengths)),
         "completions/min_length": min(lengths),
@@ -1643,22 +1666,22 @@ def rollout_metrics(samples, reward_PG, args):
         metrics["tools/failure_frequency"] = sum(s.failed_calls for s in samples) / max(1, calls)
         metrics["turns/mean"] = float(np.mean([s.turns for s in samples]))
     for name, values_S in zip(args.rewards, rewards_SR.T, strict=True):
-        short, known_S = name.rpartition(".py:")[2], values_S[~np.isnan(values_S)]
-        metrics[f"rewards/{short}/mean"] = float(known_S.mean()) if len(known_S) else math.nan
-        metrics[f"rewards/{short}/std"] = float(known_S.std()) if len(known_S) else math.nan
+        short = name.rpartition(".py:")[2]
+        metrics[f"rewards/{short}/mean"] = values_S.nanmean().item()
+        metrics[f"rewards/{short}/std"] = nanstd(values_S).item()
     return metrics
 
 
-def eval_metrics(groups, args):
-    """Held-out metrics of --eval-generations samples of each prompt."""
+def eval_metrics(groups, failures, args):
+    """Held-out metrics of --eval-generations samples of each prompt. failures: a Counter."""
     k, rewards_PKR = args.eval_generations, rewards_of(groups)
     weights_R = torch.tensor(args.reward_weights or (1.0,) * len(args.rewards), dtype=torch.float64)
     reward_PK = (rewards_PKR * weights_R).nansum(2).masked_fill(rewards_PKR.isnan().all(2), math.nan)
     metrics = {"eval/reward": reward_PK.nanmean().item()}
     if k > 1:
-        best_P = reward_PK.nan_to_num(-math.inf).amax(1)
-        metrics[f"eval/pass@{k}"] = (best_P >= weights_R.sum()).double().mean().item()
+        metrics[f"eval/pass@{k}"] = (rewards_PKR[:, :, 0] >= 1).any(1).double().mean().item()
     lengths = [len(s.logps) for group in groups for s in group]
+    metrics["eval/failed_rewards"] = failures.total()
     return metrics | {"eval/completions/mean_length": float(np.mean(lengths))}
 
 
@@ -1833,7 +1856,8 @@ class RolloutLoop:
 
     From the trainer: ("grant", slots, version), ("evaluate", version), ("stop",). To it: ("ready",),
     ("group", slot, group, failures, news), ("again", slot, version, cursor, group, failures, why, news) where
-    another prompt takes the slot, ("evaluated", version, groups), ("refused", text), ("error", traceback).
+    another prompt takes the slot, ("evaluated", version, (groups, failures)), ("refused", text), ("error",
+    traceback).
     """
 
     PLAYERS = 8  # environment processes beside vLLM; each plays a group at a time
@@ -1947,8 +1971,7 @@ class RolloutLoop:
         rows, k = self.work.eval_data, self.args.eval_generations
         cursors, temperature = range(len(rows)), 0 if k == 1 else self.args.temperature
         groups = await self.sample(rows, cursors, k, temperature, 1)
-        groups, _ = await self.judge(rows, cursors, groups)
-        self.send("evaluated", version, groups)
+        self.send("evaluated", version, await self.judge(rows, cursors, groups))
 
     async def sample(self, rows, cursors, num_samples, temperature, task=0):
         """As sample_groups. The embedded engine makes one call at a time; vLLM has one for each task, or with
@@ -2124,8 +2147,8 @@ class RolloutProcess:
                     print(f"prompt {cursor} is left out: {why}", flush=True)
                 if self.refused > self.pacer.per_step:
                     raise EngineError(f"{self.refused} prompts in a row were refused. The last: {why}")
-            case "evaluated", version, groups:
-                self.evaluated[version], self.evaluating = groups, None
+            case "evaluated", version, found:
+                self.evaluated[version], self.evaluating = found, None
                 return
             case "refused", text:
                 raise UserError(text)
@@ -2177,9 +2200,18 @@ def check_args(args):
     for name in above_0.split():
         if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
-    for name in ("beta", "entropy_coef", "max_replacements", "max_failed_rewards"):
-        if not 0 <= getattr(args, name) < math.inf:
+    or_0 = "beta entropy_coef max_replacements max_failed_rewards router_aux_loss_coef vespo_k_pos"
+    or_0 += " vespo_lambda_pos vespo_k_neg vespo_lambda_neg"
+    for name in or_0.split():
+        if not 0 <= (getattr(args, name) or 0) < math.inf:
             raise UserError(f"{flag(name)} is {getattr(args, name)}; it must be 0 or more")
+    if args.off_policy_mask_threshold is not None and not math.isfinite(args.off_policy_mask_threshold):
+        raise UserError(f"--off-policy-mask-threshold is {args.off_policy_mask_threshold}; it must be finite")
+    if args.loss_type == "cispo" and clip_high(args) < 1:
+        raise UserError(
+            f"--epsilon-high {args.epsilon_high} is cispo's largest weight, not a distance from 1: it would "
+            "scale all tokens down. Take 5, or leave it out"
+        )
     if args.max_staleness < 0:
         raise UserError(f"--max-staleness is {args.max_staleness}; it must be 0 or more")
     if args.num_generations < 2:
@@ -2250,6 +2282,7 @@ def check_args(args):
         "max_replacements": (args.zero_variance == "replace", "--zero-variance replace"),
         "baseline": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
         "scale_rewards": (args.multi_objective_aggregation == "sum_then_normalize", "sum_then_normalize"),
+        "eval_generations": (args.eval_dataset, "--eval-dataset"),
         "keep_kv": (args.engine == "vllm", "--engine vllm"),
         "max_turns": (args.environment, "--environment"),
         "environment_timeout": (args.environment, "--environment"),
@@ -2272,6 +2305,17 @@ def with_default_rewards(args, has_reward):
     return replace(args, rewards=args.rewards or (("environment",) if has_reward else ("accuracy",)))
 
 
+def router_aux_coef(args, config):
+    """Weight of the load-balancing loss: the flag's, else the config's; 0 for a model without experts."""
+    text = config.get_text_config()
+    if getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None):
+        given = args.router_aux_loss_coef
+        return getattr(text, "router_aux_loss_coef", 0.0) if given is None else given
+    if args.router_aux_loss_coef is not None:
+        raise UserError("--router-aux-loss-coef needs a mixture of experts, which this model is not")
+    return 0.0
+
+
 def main(args):
     # ---- Checks and data, before any process waits for another ----
     args = without_foreign_eval(args)
@@ -2281,6 +2325,7 @@ def main(args):
     args = with_default_rewards(args, environment is not None and environment.has_reward)
     check_args(args)
     config = load_config(args)
+    aux_coef = router_aux_coef(args, config)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
     room = min(check_lengths(args, config), args.micro_batch_tokens) - args.max_completion_length
     if room < 1:
@@ -2348,7 +2393,7 @@ def main(args):
         server.check()
     # Before the servers get any weights, where no other run has changed them.
     if servers and not any_rank(any(server.version != "default" for server in servers)):
-        with adapter(policy, ""):
+        with adapter(policy, ""):  # they have the base
             engine_check()
     shared_weights = None if servers else SharedWeights(whole_weights(policy), dtype)
 
@@ -2450,14 +2495,14 @@ def main(args):
             return
         if rank == 0:
             rollouts.evaluate(step)
-        groups = wait_for(step, lambda: rollouts.evaluated.pop(step, None))
-        if groups is None:  # stopped by a signal: it is done again on resume
+        found = wait_for(step, lambda: rollouts.evaluated.pop(step, None))
+        if found is None:  # stopped by a signal: it is done again on resume
             return
-        log.evals[step] = eval_metrics(groups, args)
-        log.write({"step": step, **log.evals[step]})
-        bar.write(
-            f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
-        )
+        log.evals[step] = eval_metrics(*found, args)
+        log.write({"step": step} | {name: finite(value) for name, value in log.evals[step].items()})
+        if rank == 0:  # tqdm writes though it is disabled
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
+            bar.write(f"step {step}: {shown}")
 
     publish(progress["step"])
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
@@ -2502,7 +2547,7 @@ def main(args):
             s for s in kept
             if not math.isnan(s.advantage) and (s.is_finished or not args.mask_truncated_completions)
         ]  # fmt: skip
-        if args.eval_every and step % args.eval_every == 0:
+        if rank == 0 and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             bar.write(show_samples(samples, tokenizer))
         if rank == 0:
             log_completions(output_dir / "completions.jsonl", step + 1, samples, args.rewards, tokenizer)
@@ -2525,16 +2570,23 @@ def main(args):
 
         # ---- Forward and backward, micro-batch by micro-batch ----
         totals, extremes, micro_losses = Counter(), [], []
+        step_length = max(1, sum(len(s.prompt_ids) + len(s.ids) for s in samples))
+        aux_total = torch.zeros((), device=device)
         for chosen in plan[rank]:
             if any_rank(caught_signals):
                 break
             some = [samples[i] for i in chosen]
             sampled = stack_tokens(some, weights_B[chosen], device)
-            stats = unwrap(policy).token_stats(collate_samples(some, device, packing), args.temperature)
+            micro_batch = collate_samples(some, device, packing)
+            stats = unwrap(policy).token_stats(micro_batch, args.temperature, want_aux_loss=aux_coef > 0)
             loss, is_trained_N, sums, most = grpo_loss(stats, sampled, args, entropy_floor)
             if args.entropy_coef:
                 entropy = (stats.entropy_N * is_trained_N).sum() / max(1, entropy_tokens)
                 loss = loss - args.entropy_coef * entropy
+            if aux_coef > 0:  # exempt from independence of hardware, as in other scripts
+                share = sum(len(s.prompt_ids) + len(s.ids) for s in some) / step_length
+                loss = loss + aux_coef * stats.aux_loss * share
+                aux_total += stats.aux_loss.detach() * share
             (loss * world_size).backward()  # FSDP averages over ranks; this is a share of a global mean
             totals.update({"loss": loss.detach(), **sums})
             extremes.append(torch.stack([*most.values()]))
@@ -2558,10 +2610,11 @@ def main(args):
             for name, value in zip(most, extremes.tolist(), strict=True)
         }
         if not math.isfinite(metrics["loss"] + grad_norm):
-            raise UserError(
-                f"step {step + 1}: the loss is {metrics['loss']}, the gradient norm {grad_norm}; nothing was "
-                "updated. Lower --learning-rate, or look at this step in completions.jsonl"
-            )
+            n = len(data)
+            rows = [epoch_order(n, args.seed, s.cursor // n)[s.cursor % n] for s in samples]
+            rows, place_S = np.unique(rows, return_inverse=True)
+            asked = [np.unique(place_S[chosen]) for chosen in plan[rank]]
+            stop_non_finite(step + 1, metrics["loss"], grad_norm, data, rows, asked, micro_losses)
         optimizer.step()
         optimizer.zero_grad()
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
@@ -2581,21 +2634,23 @@ def main(args):
         # ---- Log, evaluate, save ----
         seconds = time.perf_counter() - began
         bar.update()
-        if "reward" in metrics:
-            bar.set_postfix_str(
-                f"reward {metrics['reward']:.3f}, {step_tokens / seconds:,.0f} tokens/s", refresh=False
-            )
+        shown = f"reward {metrics['reward']:.3f}, loss {metrics['loss']:.4f}"
+        bar.set_postfix_str(f"{shown}, {step_tokens / seconds:,.0f} tokens/s", refresh=False)
         if progress["step"] % args.log_every == 0 or progress["step"] == total_steps:
-            cursor = progress["cursor"]
+            if aux_coef > 0:
+                dist.all_reduce(aux_total)
+                metrics["aux_loss"] = aux_total.item()
+            cursor, train_seconds = progress["cursor"], sync_began - train_began
             metrics |= {"epoch": cursor / len(data), "grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics |= {"perf/rollout_wait_s": wait_seconds, "perf/weight_sync_s": sync_seconds}
             metrics |= {"perf/weight_sync_pause_s": paused, "utilisation/trainer": 1 - wait_seconds / seconds}
             metrics |= {"sample/staleness_max": max(ages, default=0)}
             metrics |= {"sample/staleness_mean": float(np.mean([*ages.elements()] or [0]))}
             metrics |= {f"staleness/{age}": n / ages.total() for age, n in sorted(ages.items())}
-            metrics |= {"train_seconds": sync_began - train_began}
+            metrics |= {"train_seconds": train_seconds}
+            metrics |= {"train_tokens_per_second": step_tokens / train_seconds}
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
-            log.write({**progress, **metrics})
+            log.write({**progress, **{name: finite(value) for name, value in metrics.items()}})
         evaluate_when_due(progress["step"])
         grant(progress["step"])
         if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):

@@ -1139,7 +1139,7 @@ class RunLog:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {self.path} is damaged: {error!r}; mend or delete it") from error
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.evals = {row["step"]: row for row in rows if "eval/loss" in row}
+        self.evals = {row["step"]: row for row in rows if {"eval/loss", "eval/reward"} & row.keys()}
         if args.wandb != "disabled":
             import wandb  # slow to import, and not needed where it is disabled
 

@@ -831,7 +831,7 @@ class RunLog:
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"--resume: {self.path} is damaged: {error!r}; mend or delete it") from error
         write_whole(self.path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.evals = {row["step"]: row for row in rows if "eval/loss" in row}
+        self.evals = {row["step"]: row for row in rows if {"eval/loss", "eval/reward"} & row.keys()}
         if args.wandb != "disabled":
             import wandb  # slow to import, and not needed where it is disabled
 
@@ -1111,8 +1111,8 @@ def score_file(args):
 
 
 def read_scored(line, encode):
-    """A line of --score -> the row, and its ids or what is wrong with it. As in training, a prompt may be text
-    and the completion messages, and the other way round."""
+    """A line of --score -> the row, and its ids or what is wrong with it. As in training, a prompt may be
+    text and the completion messages, and the other way round."""
     row = {}
     try:
         row = parse_row(line)

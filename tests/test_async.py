@@ -25,6 +25,7 @@ SHORT = [*FLAGS, "--eval-dataset", "--max-steps", "6"]
 # What depends on the clock, and what grpo.py has no word for.
 OURS = ("perf/", "rollout/", "utilisation/", "sample/", "staleness/")
 CLOCK = ("generate_seconds", "train_seconds", "step_seconds", "tokens_per_second", "consumed")
+CLOCK += ("generate_tokens_per_second", "train_tokens_per_second")
 
 
 def lasting(rows):

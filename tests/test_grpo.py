@@ -22,26 +22,25 @@ from conftest import (
     weights,
     write_rows,
 )
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOTrainer
 
 import grpo
 from common import HFEngine, UserError, collate, draw, load_tokenizer
 
 # What depends on the clock, and a difference of roundings
-NOISE = (
-    "generate_seconds",
-    "train_seconds",
-    "sampling/sampling_logp_difference/max",
-    "sampling/sampling_logp_difference/mean",
-)
+TIMES = ("generate_seconds", "train_seconds", "generate_tokens_per_second", "train_tokens_per_second")
+NOISE = (*TIMES, "sampling/sampling_logp_difference/max", "sampling/sampling_logp_difference/mean")
+
+
+EVAL_ROWS = [json.loads(line) for line in (ASSETS / "prompts_eval.jsonl").read_text().splitlines()]
 
 
 def train(output_dir, **flags):
     """Run grpo.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
     short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "num_generations": 4, "max_steps": 3}
     grpo.main(replace(grpo.Args(output_dir=str(output_dir)), **{**short, **flags}))
-    return metrics_of(output_dir, without=NOISE[:2])
+    return metrics_of(output_dir, without=TIMES)
 
 
 def metrics_of(output_dir, without=NOISE):
@@ -128,6 +127,56 @@ def test_advantages_equal_a_naive_loop(baseline, scale):
     )
     torch.testing.assert_close(found, expected.double(), equal_nan=True, rtol=1e-6, atol=1e-9)
     assert found[2].isnan().all()
+
+
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_the_divergence_in_the_reward_has_weight_beta_whatever_the_rewards_have(aggregation):
+    """One reward is missing, one sample has none: the divergence is no reward by itself."""
+    args = grpo.Args(rewards=("a", "b"), reward_weights=(0.0, 2.0), beta=0.3, kl_in_reward=True, scale_rewards="none",
+                     multi_objective_aggregation=aggregation)  # fmt: skip
+    rewards = [[[None, 1.0], [0.5, 0.0], [7.0, 3.0], [None, None]]]
+    logps, ref_logps = [[-1.0, -2.0], [-0.5], [], [-1.0]], [[-1.5, -2.5], [-0.25], [], [-9.0]]
+    group = [
+        grpo.Sample(0, [1], [2] * len(own), [True] * len(own), own, True, [], "", ref_logps=ref)
+        for own, ref in zip(logps, ref_logps, strict=True)
+    ]
+    numbers = [[[math.nan if r is None else r for r in sample] for sample in rewards[0]]]
+    found, _ = grpo.advantages(*grpo.add_kl_reward(torch.tensor(numbers, dtype=torch.float64), [group], args))
+    kl = [1.0, -0.25, 0.0]
+    if aggregation == "sum_then_normalize":
+        totals = [2.0 * b - 0.3 * k for b, k in zip([1.0, 0.0, 3.0], kl, strict=True)]
+        expected = [[*(np.array(totals) - np.mean(totals)), math.nan]]
+    else:
+        three = [[[*sample, k] for sample, k in zip(rewards[0], kl, strict=False)] + [[None] * 3]]
+        naive = naive_advantages(three, (0.0, 2.0, -0.3), args)
+        expected = [[math.nan if a is None else a for a in naive[0]]]
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True)
+    group[0].old_logps = [-3.0, -3.0]  # the policy's, where they were computed again
+    rewards_PGR, _ = grpo.add_kl_reward(torch.tensor(numbers, dtype=torch.float64), [group], args)
+    assert rewards_PGR[0, 0, 2] == pytest.approx(-2.0)
+
+
+def test_metrics_of_rewards_are_trls():
+    """One group without any reward, one sample and one function without; std of the batch, and of a sample."""
+    rewards = [
+        [[1, None], [0, 2.0], [1, 1.0], [0, 3.0]],
+        [[None, None]] * 4,
+        [[1, 4.0], [1, 4.0], [1, 4.0], [None, None]],
+    ]
+    rewards_PGR = torch.tensor(
+        [[[math.nan if r is None else r for r in s] for s in group] for group in rewards]
+    ).double()
+    args = grpo.Args(rewards=("a", "b.py:f"), reward_weights=(1.0, 0.5))
+    flat = [s for group in rewards_PGR.tolist() for s in group]
+    samples = [grpo.Sample(0, [1], [2], [True], [-1.0], True, s, "") for s in flat]
+    found = grpo.rollout_metrics(samples, grpo.advantages(rewards_PGR, args)[1], args)
+    totals = [1, 1.0, 1.5, 1.5, 3, 3, 3]
+    assert found["reward"] == pytest.approx(np.mean(totals))
+    assert found["reward_std"] == pytest.approx(np.std(totals, ddof=1))  # grpo_trainer.py: nanstd(rewards)
+    assert found["frac_reward_zero_std"] == pytest.approx(1 / 3)  # a group without rewards has no spread of 0
+    assert found["rewards/a/mean"] == pytest.approx(5 / 7)
+    assert found["rewards/a/std"] == pytest.approx(np.std([1, 0, 1, 0, 1, 1, 1], ddof=1))
+    assert found["rewards/f/std"] == pytest.approx(np.std([2, 1, 3, 4, 4, 4], ddof=1))
 
 
 # ---- Losses against TRL's own code -----------------------------------------------------------------------------------
@@ -244,8 +293,6 @@ def test_loss_and_gradient_equal_trls(name):
     by_token = args.importance_sampling_level == "token"  # TRL's means are over sequences otherwise
     per_token = args.loss_type != "vespo" and by_token
     means = {name for name in metrics if not name.endswith(("min", "max"))}
-    if args.use_bias_correction_kl:
-        means -= {"kl"}  # theirs is multiplied by the ratio
     for metric in means & sums.keys() if per_token else ():
         assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
     if args.loss_type in grpo.CLIPPED:
@@ -282,39 +329,51 @@ def test_the_variants_differ():
     assert len(repeated) <= 1, losses  # "dapo" and "none" are one
 
 
-def expected_gradient(logits_V, args, ref_V):
-    """Of the KL term over all tokens of a vocabulary, on policy, weighed by their probability."""
+@pytest.mark.parametrize("mode", ["sequence_mask", "token_mask"])
+def test_a_ratio_beyond_float32_is_masked(mode):
+    """A long sample on which sampler and trainer disagree: exp(0.5 * 200) is infinite; that of a token, exp(100), too."""
+    long, documents_N = mode == "sequence_mask", torch.tensor([0] * 200 + [1] * 3)
+    sampler_N = torch.full((203,), -1.0)
+    sampler_N[:200] -= 0.5 if long else torch.tensor([100.0] * 199 + [0.0])
+    sampled = grpo.Sampled(None, sampler_N, None, torch.ones(203), torch.full((203,), 0.1), documents_N)
+    stats = SimpleNamespace(logps_N=torch.full((203,), -1.0, requires_grad=True), entropy_N=torch.ones(203))
+    loss, _, sums, _ = grpo.grpo_loss(stats, sampled, grpo.Args(importance_sampling_mode=mode))
+    loss.backward()
+    kept = 3 if long else 4
+    assert loss.item() == pytest.approx(-0.1 * kept)
+    assert stats.logps_N.grad.count_nonzero() == kept
+    assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(kept)
+
+
+def expected_gradient(logits_V, args, ref_V, old_V=None):
+    """Of the KL term over all tokens of a vocabulary, weighed by their probability under the policy or an old one."""
     logits_V = logits_V.clone().requires_grad_()
     logps_V = logits_V.log_softmax(-1)
-    n = len(logits_V)
-    sampled = grpo.Sampled(
-        logps_V.detach(),
-        logps_V.detach(),
-        ref_V,
-        torch.zeros(n).double(),
-        logps_V.detach().exp(),
-        torch.arange(n),
-    )
+    n, old_V = len(logits_V), logps_V.detach() if old_V is None else old_V
+    sampled = grpo.Sampled(old_V, old_V, ref_V, torch.zeros(n).double(), old_V.exp(), torch.arange(n))
     stats = SimpleNamespace(logps_N=logps_V, entropy_N=torch.ones(n))
     (gradient,) = torch.autograd.grad(grpo.grpo_loss(stats, sampled, args)[0], logits_V)
     return gradient
 
 
 def test_gradients_of_the_kl_estimators_in_expectation():
-    """With the ratio, k1 and k3 have the reverse KL's; plain k3 has the forward KL's, k2 the reverse KL's, k1 none."""
+    """With the ratio all have the reverse KL's, off policy, too; on policy k2 has it without, plain k3 has the forward
+    KL's and plain k1 none."""
     generator = torch.Generator().manual_seed(0)
-    logits_V, ref_V = torch.randn(2, 7, generator=generator, dtype=torch.float64)
-    ref_V = ref_V.log_softmax(-1)
+    logits_V, ref_V, noise_V = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    ref_V, old_V = ref_V.log_softmax(-1), (logits_V + 0.5 * noise_V).log_softmax(-1)
     theta_V = logits_V.clone().requires_grad_()
     logps_V = theta_V.log_softmax(-1)
     (reverse,) = torch.autograd.grad((logps_V.exp() * (logps_V - ref_V)).sum(), theta_V, retain_graph=True)
     (forward,) = torch.autograd.grad(-(ref_V.exp() * logps_V).sum(), theta_V)
-    for estimator, corrected, expected in (
-        ("k1", True, reverse), ("k3", True, reverse), ("k2", False, reverse), ("k3", False, forward),
-        ("k1", False, torch.zeros_like(reverse)),
+    for estimator, corrected, old, expected in (
+        ("k1", True, None, reverse), ("k2", True, None, reverse), ("k3", True, None, reverse),
+        ("k1", True, old_V, reverse), ("k2", True, old_V, reverse), ("k3", True, old_V, reverse),
+        ("k2", False, None, reverse), ("k3", False, None, forward), ("k1", False, None, torch.zeros_like(reverse)),
     ):  # fmt: skip
         args = grpo.Args(beta=1.0, kl_estimator=estimator, use_bias_correction_kl=corrected)
-        torch.testing.assert_close(expected_gradient(logits_V, args, ref_V), expected, rtol=1e-9, atol=1e-12)
+        found = expected_gradient(logits_V, args, ref_V, old)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- The embedded engine ---------------------------------------------------------------------------------------------
@@ -446,6 +505,8 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
         "num_iterations": 2,
         "max_steps": 8,
         "beta": 0.05,
+        "eval_every": 0,
+        "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:5]),),
     }
     for ranks in (1, 2):
         result = run("grpo.py", *flags_of(output_dir=tmp_path / str(ranks), **flags), ranks=ranks)
@@ -454,6 +515,8 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
     said = [(tmp_path / ranks / "completions.jsonl").read_text().splitlines() for ranks in "12"]
     texts = [[json.loads(line)["completion"] for line in lines] for lines in said]
     assert texts[0] == texts[1]
+    assert result.stdout.count("step 0: eval/reward") == 1
+    assert result.stdout.count("rewards 1, advantage") == 1
 
 
 def test_zero_variance_groups_are_replaced_by_new_prompts(tmp_path):
@@ -482,13 +545,67 @@ def test_the_reference_is_the_model_as_given(tmp_path):
         assert rows[2]["kl"] > 1e-6
 
 
+def test_a_run_with_the_divergence_in_the_reward(tmp_path):
+    """With rewards that weigh nothing, advantages are the divergence's, from the second step on."""
+    flags = {"rewards": ("accuracy",), "reward_weights": (1e-9,), "learning_rate": 1e-3, "max_steps": 2}
+    rows = train(tmp_path / "run", beta=1.0, kl_in_reward=True, **flags)
+    said = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    largest = [max(abs(row["advantage"]) for row in said if row["step"] == step) for step in (1, 2)]
+    assert largest[0] < 0.1 < 0.5 < largest[1]
+    assert rows[1]["kl"] > 1e-6
+
+
+def test_every_rollout_is_in_a_row(tmp_path):
+    """Also where --log-every and the steps a generation have a common divisor; resumed within a batch, too."""
+    flags = {"steps_per_generation": 2, "log_every": 2, "max_steps": 4}
+    each = train(tmp_path / "each", **flags | {"log_every": 1})
+    some = train(tmp_path / "some", save_every=1, keep_checkpoints=9, **flags)
+    assert [row["step"] for row in some] == [2, 4]
+    for row, (first, second) in zip(some, (each[:2], each[2:]), strict=True):
+        assert "reward" not in second
+        assert row == {**first, **second}
+    for step in (2, 3, 4):
+        (tmp_path / "some" / f"checkpoint-{step:08d}" / "progress.json").unlink()
+    assert train(tmp_path / "some", save_every=1, keep_checkpoints=9, resume=True, **flags) == some
+
+
+def test_evaluation_by_samples(tmp_path):
+    """pass@k is of the first reward, whatever the others can reach; what fails is counted; JSON has no NaN."""
+    path = tmp_path / "rewards.py"
+    path.write_text("""
+def correct(completions, **_):
+    return [float(len(c[0]["content"]) > 2) for c in completions]
+
+def never(completions, **_):
+    return [None for _ in completions]
+
+def broken(completions, **_):
+    return [float("nan") if len(c[0]["content"]) > 2 else 0.0 for c in completions]
+""")
+    flags = {
+        "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:6]),),
+        "eval_generations": 3,
+        "max_steps": 1,
+    }
+    named = (f"{path}:correct", "overlong:4", f"{path}:never")
+    rows = train(tmp_path / "run", rewards=named, reward_weights=(1.0, 2.0, 3.0), **flags)
+    assert rows[0]["eval/pass@3"] > 0.2
+    assert rows[0]["eval/failed_rewards"] == 0
+    assert rows[1]["rewards/never/mean"] is None
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    rows = train(tmp_path / "broken", rewards=(f"{path}:broken",), max_failed_rewards=1.0, **flags)
+    assert 0 < rows[0]["eval/failed_rewards"] <= 18
+    assert rows[0]["eval/pass@3"] == 0
+
+
 @pytest.mark.parametrize("save_every", [1, 2])
-def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every):
+def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every, capsys):
     flags = {
         "steps_per_generation": 2,
         "num_iterations": 2,
         "beta": 0.1,
-        "eval_dataset": (str(ASSETS / "prompts_eval.jsonl"),),
+        "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:8]),),
+        "eval_every": 2,
     }
     straight = train(tmp_path / "straight", max_steps=8, **flags)
     args = {**flags, "save_every": save_every, "keep_checkpoints": 9}
@@ -496,12 +613,26 @@ def test_resume_is_exact_within_a_generation_batch_too(tmp_path, save_every):
     for checkpoint in (tmp_path / "resumed").glob("checkpoint-*"):
         if int(checkpoint.name[-2:]) > 3:
             (checkpoint / "progress.json").unlink()
+    capsys.readouterr()
     assert train(tmp_path / "resumed", max_steps=8, resume=True, **args) == straight
+    assert "before training" in capsys.readouterr().out
     assert (tmp_path / "resumed" / "completions.jsonl").read_text() == (
         tmp_path / "straight" / "completions.jsonl"
     ).read_text()
     for name, weight in weights(tmp_path / "straight").items():
         assert torch.equal(weights(tmp_path / "resumed")[name], weight)
+
+
+def test_an_adapter_is_trained_further(tmp_path):
+    """The engine starts from it, and --beta holds the policy by it; dropout is for the gradient alone."""
+    flags = {"lora_rank": 4, "learning_rate": 1e-2, "max_steps": 2}
+    train(tmp_path / "first", **flags)
+    again = {"model": str(tmp_path / "first" / "final"), **flags}
+    rows = train(tmp_path / "second", num_iterations=2, lora_dropout=0.3, **again)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
+    rows = train(tmp_path / "third", beta=0.1, **again)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-4
 
 
 def test_a_reference_that_follows_the_policy_is_resumed_where_it_was(tmp_path):
@@ -541,6 +672,52 @@ def test_kill_then_resume_is_exact(tmp_path):
     assert metrics_of(tmp_path / "killed") == metrics_of(tmp_path / "straight")
 
 
+def test_a_non_finite_loss_names_the_rows(tmp_path, monkeypatch):
+    """That of the second prompt's samples: nothing is updated, and no other rows are named."""
+    rows = [{"prompt": f"What is {n}+1?", "answer": str(n + 1)} for n in (3, 4, 5, 6)]
+    honest, seen = grpo.grpo_loss, []
+
+    def broken(stats, sampled, args, floor):
+        loss, *others = honest(stats, sampled, args, floor)
+        seen.append(loss)
+        return (loss * math.nan if len(seen) == 2 else loss), *others
+
+    monkeypatch.setattr(grpo, "grpo_loss", broken)
+    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "micro_batch_tokens": 60}
+    with pytest.raises(
+        UserError, match=r"step 1: the loss is nan.*Look at the [123] rows concerned.*: \d of .*rows.jsonl"
+    ):
+        train(tmp_path / "run", **flags)
+    assert len(seen) > 2
+
+
+def test_mixture_of_experts_aux_loss(tmp_path):
+    """With the config's weight, or the flag's; test_sft.py compares the loss itself with transformers'."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=32, moe_intermediate_size=16, num_experts=4,
+        num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        tie_word_embeddings=True, router_aux_loss_coef=0.3,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.save_pretrained(tmp_path / "moe")
+    load_tokenizer(str(ASSETS / "model")).save_pretrained(tmp_path / "moe")
+    flags = {
+        "model": str(tmp_path / "moe"),
+        "max_steps": 1,
+        "max_completion_length": 4,
+        "max_failed_rewards": 1.0,
+    }
+    (plain,) = train(tmp_path / "plain", router_aux_loss_coef=0.0, **flags)
+    (config_s,) = train(tmp_path / "config", **flags)
+    (given,) = train(tmp_path / "given", router_aux_loss_coef=0.1, **flags)
+    assert "aux_loss" not in plain
+    assert config_s["aux_loss"] == given["aux_loss"] > 1  # about top-k, where experts are used alike
+    assert config_s["loss"] == pytest.approx(plain["loss"] + 0.3 * config_s["aux_loss"], abs=1e-5)
+    assert given["loss"] == pytest.approx(plain["loss"] + 0.1 * given["aux_loss"], abs=1e-5)
+    assert given["grad_norm"] != plain["grad_norm"]
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
@@ -554,6 +731,12 @@ BAD_FLAGS = {
     "delta below": ({"delta": 1.1}, r"--delta 1.1 must be above 1 \+ epsilon, 1.2"),
     "weights": ({"reward_weights": (1.0, 2.0)}, "--reward-weights has 2 weights for 1 rewards"),
     "quantile": ({"top_entropy_quantile": 1.5}, "it must be at most 1"),
+    "router loss without experts": ({"router_aux_loss_coef": 0.1}, "--router-aux-loss-coef needs a mixture of experts"),
+    "router loss": ({"router_aux_loss_coef": -0.1}, "--router-aux-loss-coef is -0.1; it must be 0 or more"),
+    "cispo's bound": ({"loss_type": "cispo", "epsilon_high": 0.28}, "cispo's largest weight, not a distance from 1"),
+    "vespo": ({"loss_type": "vespo", "importance_sampling_mode": "none", "vespo_k_neg": math.nan}, "must be 0 or more"),
+    "threshold": ({"off_policy_mask_threshold": math.nan}, "it must be finite"),
+    "pass@k of nothing": ({"eval_generations": 4}, "--eval-generations does not apply .* it needs --eval-dataset"),
     "temperature": ({"temperature": 0.0}, "--temperature is 0.0; it must be above 0"),
 }  # fmt: skip
 
