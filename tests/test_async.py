@@ -250,7 +250,7 @@ def test_a_reward_that_hangs_costs_its_samples_only(tmp_path):
     reward.write_text(
         "import time\n"
         "def slow(prompts, completions, **_):\n"
-        "    if any('9+' in prompt[-1]['content'] for prompt in prompts):\n"
+        "    if any('6+' in prompt[-1]['content'] for prompt in prompts):\n"
         "        time.sleep(60)\n"
         "    return [float(len(text[0]['content']) % 3) for text in completions]\n"
     )
