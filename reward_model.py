@@ -1111,8 +1111,8 @@ def score_file(args):
 
 
 def read_scored(line, encode):
-    """A line of --score -> the row, and its ids or what is wrong with it. As in training, a prompt may be text
-    and the completion messages, and the other way round."""
+    """A line of --score -> the row, and its ids or what is wrong with it. As in training, a prompt may be
+    text and the completion messages, and the other way round."""
     row = {}
     try:
         row = parse_row(line)
