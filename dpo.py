@@ -413,7 +413,7 @@ def pair_metrics(pairs, args):
     lengths_P = pairs.length_w_P, pairs.length_l_P
     reward_w_P = args.beta * (pairs.logps_w_P - pairs.ref_logps_w_P)
     reward_l_P = args.beta * (pairs.logps_l_P - pairs.ref_logps_l_P)
-    if {"simpo", "orpo"} & {*args.loss_type}:  # what these compare
+    if {*args.loss_type} - {"sft"} in ({"simpo"}, {"orpo"}, {"simpo", "orpo"}):  # what these compare
         reward_w_P, reward_l_P = reward_w_P / lengths_P[0], reward_l_P / lengths_P[1]
     metrics = {
         "loss": dpo_loss(pairs, args, pairs.length_w_P.mean()).mean(),

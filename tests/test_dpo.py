@@ -292,6 +292,18 @@ def test_losses_beyond_trl_equal_their_papers(some_pairs, flags):
     )
 
 
+def test_rewards_are_means_by_token_only_where_every_loss_compares_those(some_pairs):
+    sums, means = (
+        (0.1 * some_pairs.logps_w_P / length_P).mean().item() for length_P in (1, some_pairs.length_w_P)
+    )
+    free = some_pairs._replace(ref_logps_w_P=torch.zeros(7), ref_logps_l_P=torch.zeros(7))
+    for losses, expected in (
+        (("simpo", "sft"), means), (("orpo",), means), (("cpo",), sums), (("sft",), sums), (("simpo", "sigmoid"), sums)
+    ):  # fmt: skip
+        found = dpo.pair_metrics(free, dpo.Args(loss_type=losses))["rewards/chosen"]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_discopop_stays_finite_where_trls_exponential_overflows(some_pairs):
     """TRL computes sigmoid(z / tau) exp(-z) as a product: 0 x inf for a margin of -100. The limit is the logistic part."""
     args = dpo.Args(loss_type=("discopop",), beta=1.0)
