@@ -2093,7 +2093,8 @@ def main(args):
             rows, place_S = np.unique(rows, return_inverse=True)
             asked = [np.unique(place_S[chosen]) for chosen in plan[rank]]
             stop_non_finite(step + 1, metrics["loss"], grad_norm, data, rows, asked, micro_losses)
-        optimizer.step()
+        if samples:  # else Adam would go on with the moments of earlier steps
+            optimizer.step()
         optimizer.zero_grad()
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             move_reference(reference, policy, args.ref_model_mixup_alpha)
