@@ -290,11 +290,19 @@ def test_loss_and_gradient_equal_trls(name):
     assert theirs[0].grad.abs().max() > 0
     if args.entropy_coef:
         torch.testing.assert_close(ours[1].grad, theirs[1].grad)
-    by_token = args.importance_sampling_level == "token"  # TRL's means are over sequences otherwise
-    per_token = args.loss_type != "vespo" and by_token
-    means = {name for name in metrics if not name.endswith(("min", "max"))}
-    for metric in means & sums.keys() if per_token else ():
-        assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
+    by_sample = grpo.sample_metrics(args)
+    for metric in {name for name in metrics if not name.endswith(("min", "max"))} & sums.keys():
+        count = len(lengths) if metric in by_sample else sum(lengths)
+        assert sums[metric].item() / count == pytest.approx(metrics[metric][0], abs=1e-6)
+    if args.importance_sampling_mode.startswith("sequence"):  # TRL's is the mean of a ratio for each sample
+        gap_B = torch.stack(
+            [row[chosen_T].sum() for row, chosen_T in zip(old_BT - sampler_BT, chosen, strict=True)]
+        )
+        ratio_B = gap_B.exp()
+        most_B = 1.1 if args.importance_sampling_mode.endswith("truncate") else 0.0
+        expected_B = [ratio if ratio <= 1.1 else most_B for ratio in ratio_B.tolist()]
+        mean = sums["sampling/importance_sampling_ratio/mean"].item() / len(lengths)
+        assert mean == pytest.approx(np.mean(expected_B), abs=1e-6)
     if args.loss_type in grpo.CLIPPED:
         assert -most["clip_ratio/low_min"].item() == pytest.approx(metrics["clip_ratio/low_min"][0], abs=1e-6)
         assert most["clip_ratio/high_max"].item() == pytest.approx(
@@ -342,7 +350,11 @@ def test_a_ratio_beyond_float32_is_masked(mode):
     kept = 3 if long else 4
     assert loss.item() == pytest.approx(-0.1 * kept)
     assert stats.logps_N.grad.count_nonzero() == kept
-    assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(kept)
+    means = {
+        "sequence_mask": 1,
+        "token_mask": 4,
+    }  # summed over two samples, of which one is masked, or over tokens
+    assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(means[mode])
 
 
 def expected_gradient(logits_V, args, ref_V, old_V=None):
