@@ -290,11 +290,19 @@ def test_loss_and_gradient_equal_trls(name):
     assert theirs[0].grad.abs().max() > 0
     if args.entropy_coef:
         torch.testing.assert_close(ours[1].grad, theirs[1].grad)
-    by_token = args.importance_sampling_level == "token"  # TRL's means are over sequences otherwise
-    per_token = args.loss_type != "vespo" and by_token
-    means = {name for name in metrics if not name.endswith(("min", "max"))}
-    for metric in means & sums.keys() if per_token else ():
-        assert sums[metric].item() / mask_BT.sum() == pytest.approx(metrics[metric][0], abs=1e-6)
+    by_sample = grpo.sample_metrics(args)
+    for metric in {name for name in metrics if not name.endswith(("min", "max"))} & sums.keys():
+        count = len(lengths) if metric in by_sample else sum(lengths)
+        assert sums[metric].item() / count == pytest.approx(metrics[metric][0], abs=1e-6)
+    if args.importance_sampling_mode.startswith("sequence"):  # TRL's is the mean of a ratio for each sample
+        gap_B = torch.stack(
+            [row[chosen_T].sum() for row, chosen_T in zip(old_BT - sampler_BT, chosen, strict=True)]
+        )
+        ratio_B = gap_B.exp()
+        most_B = 1.1 if args.importance_sampling_mode.endswith("truncate") else 0.0
+        expected_B = [ratio if ratio <= 1.1 else most_B for ratio in ratio_B.tolist()]
+        mean = sums["sampling/importance_sampling_ratio/mean"].item() / len(lengths)
+        assert mean == pytest.approx(np.mean(expected_B), abs=1e-6)
     if args.loss_type in grpo.CLIPPED:
         assert -most["clip_ratio/low_min"].item() == pytest.approx(metrics["clip_ratio/low_min"][0], abs=1e-6)
         assert most["clip_ratio/high_max"].item() == pytest.approx(
@@ -342,7 +350,11 @@ def test_a_ratio_beyond_float32_is_masked(mode):
     kept = 3 if long else 4
     assert loss.item() == pytest.approx(-0.1 * kept)
     assert stats.logps_N.grad.count_nonzero() == kept
-    assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(kept)
+    means = {
+        "sequence_mask": 1,
+        "token_mask": 4,
+    }  # summed over two samples, of which one is masked, or over tokens
+    assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(means[mode])
 
 
 def expected_gradient(logits_V, args, ref_V, old_V=None):
@@ -517,6 +529,112 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
     assert texts[0] == texts[1]
     assert result.stdout.count("step 0: eval/reward") == 1
     assert result.stdout.count("rewards 1, advantage") == 1
+
+
+def naive_steps(batches, parts, args):
+    """Train the embedded model on captured samples, one at a time, by transformers' own logits -> loss and gradient
+    norm of each step. batches: the groups of each generation; parts: the prompts of each step."""
+    model, ref = (AutoModelForCausalLM.from_pretrained(ASSETS / "model") for _ in range(2))
+    optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, (0.9, 0.99), weight_decay=0)
+
+    def tokens(model, sample):
+        ids = torch.tensor([sample.prompt_ids + sample.ids])
+        logps_TV = (model(ids).logits[0] / args.temperature).log_softmax(-1)[len(sample.prompt_ids) - 1 : -1]
+        return logps_TV.gather(1, ids[0, -len(sample.ids) :, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(
+            -1
+        )
+
+    steps, per_batch = [], args.steps_per_generation * args.num_iterations
+    for step, cursors in enumerate(parts):
+        if step % per_batch == 0:
+            batch = []
+            for group in batches[step // per_batch]:
+                rewards = [s.rewards[0] for s in group]
+                if args.zero_variance == "skip" and len(set(rewards)) == 1:
+                    continue
+                for s in group:
+                    s.advantage = (s.rewards[0] - np.mean(rewards)) / (np.std(rewards, ddof=1) + 1e-4)
+                    if s.is_finished or not args.mask_truncated_completions:
+                        batch.append(s)
+            with torch.no_grad():
+                old, reference = ({id(s): tokens(m, s)[0] for s in batch} for m in (model, ref))
+        mine = [s for s in batch if s.cursor in cursors]
+        if not mine:  # all groups alike
+            steps.append((0, 0))
+            continue
+        found = [tokens(model, s) for s in mine]
+        entropies = torch.cat([entropy for _, entropy in found])
+        floor = entropies.detach().quantile(1 - args.top_entropy_quantile)
+        loss = -args.entropy_coef * entropies[entropies >= floor].mean()
+        for s, (logps, entropy) in zip(mine, found, strict=True):
+            ratio = (logps - old[id(s)]).exp()
+            clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+            losses = -torch.minimum(ratio * s.advantage, clipped * s.advantage) * (entropy >= floor)
+            gap = reference[id(s)] - logps
+            losses = losses + args.beta * ratio * (gap.exp() - gap - 1)
+            loss = (
+                loss
+                + losses.sum()
+                / {
+                    "dapo": sum(len(other.ids) for other in batch) / args.steps_per_generation,
+                    "bnpo": sum(len(other.ids) for other in mine),
+                    "grpo": len(mine) * len(s.ids),
+                    "dr_grpo": len(mine) * args.max_completion_length,
+                }[args.loss_type]
+            )
+        loss.backward()
+        steps.append((loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()))
+        optimizer.step()
+        optimizer.zero_grad()
+    return steps
+
+
+@pytest.mark.parametrize("flags", [
+    {"steps_per_generation": 2, "num_iterations": 2, "beta": 0.5, "temperature": 0.8},
+    {"loss_type": "grpo", "zero_variance": "skip", "mask_truncated_completions": True, "max_completion_length": 3,
+     "steps_per_generation": 2},
+    {"loss_type": "bnpo", "top_entropy_quantile": 0.5, "entropy_coef": 0.1, "num_iterations": 3, "micro_batch_tokens": 60},
+    {"loss_type": "dr_grpo", "steps_per_generation": 2, "num_iterations": 2, "epsilon": 0.05},
+], ids=["dapo", "grpo", "bnpo", "dr_grpo"])  # fmt: skip
+def test_the_steps_are_those_of_a_naive_loop(tmp_path, monkeypatch, flags):
+    """Advantages, old and reference log-probs, normalisers, masks, floors, minibatches and steps without samples."""
+    batches, planned = [], []
+    roll_out, plan_samples = grpo.roll_out, grpo.plan_samples
+
+    def rolled(*given):
+        groups, failures = roll_out(*given)
+        batches.append([[replace(s) for s in group] for group in groups])
+        return groups, failures
+
+    def plan(samples, *others):
+        planned.append({s.cursor for s in samples})
+        return plan_samples(samples, *others)
+
+    monkeypatch.setattr(grpo, "roll_out", rolled)
+    monkeypatch.setattr(grpo, "plan_samples", plan)
+    args = replace(
+        grpo.Args(),
+        learning_rate=2e-4,
+        warmup_steps=0,
+        batch_size=16,
+        num_generations=4,
+        max_steps=6,
+        **flags,
+    )
+    given = {"learning_rate": 2e-4, "warmup_steps": 0, "max_steps": 6, **flags}
+    rows = train(tmp_path / "run", **given)
+    per_batch = args.steps_per_generation * args.num_iterations
+    drawn = planned[:: per_batch + 1]  # of a whole batch; then come its steps
+    parts = [cursors for place, cursors in enumerate(planned) if place % (per_batch + 1)]
+    for step in range(
+        0, 6, args.steps_per_generation
+    ):  # each pass over a batch sees each of its prompts once
+        some = parts[step : step + args.steps_per_generation]
+        assert sum(map(len, some)) == len(set().union(*some))
+        assert set().union(*some) == drawn[step // per_batch] or args.mask_truncated_completions
+    expected = naive_steps(batches, parts, args)
+    assert [row["loss"] for row in rows] == pytest.approx([loss for loss, _ in expected], rel=2e-3, abs=2e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx([norm for _, norm in expected], rel=2e-3)
 
 
 def test_zero_variance_groups_are_replaced_by_new_prompts(tmp_path):
