@@ -411,7 +411,8 @@ class Sampled(NamedTuple):
 
 def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
     """Loss of a micro-batch of whole samples, a share of the step's; which tokens train it; and what to log,
-    name -> sum over tokens, and name -> maximum over tokens or samples (of the negative, for a minimum).
+    name -> sum over tokens (over samples, where `sample_metrics` names it), and name -> maximum over tokens
+    or samples (of the negative, for a minimum).
     entropy_floor: tokens below it do not train the policy."""
     advantage_N, documents_N = sampled.advantage_N, sampled.documents_N
     num_documents = int(documents_N.max()) + 1 if len(documents_N) else 0
@@ -502,10 +503,22 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
         sums["cispo_clip_ratio"] = is_high_N
     elif args.loss_type == "vespo":
         sums["vespo/phi_seq_mean"] = phi_N
-    sums = {name: values_N.detach().float().sum() for name, values_N in sums.items()}
+    share_N = 1 / length_B[documents_N]  # so that a sample has one value
+    shares = {name: share_N if name in sample_metrics(args) else 1 for name in sums}
+    sums = {name: (values_N.detach().float() * shares[name]).sum() for name, values_N in sums.items()}
     none = logps_N.new_full((1,), -math.inf)
     extremes = {name: torch.cat([values.detach(), none]).max() for name, values in most_of.items()}
     return (losses_N * sampled.weight_N).sum(), is_trained_N, sums, extremes
+
+
+def sample_metrics(args):
+    """Metrics that are means over samples, as TRL's: a whole sample has one value of them."""
+    names = {"vespo/phi_seq_mean"}
+    if args.importance_sampling_level == "sequence":
+        names |= {f"clip_ratio/{part}_mean" for part in ("low", "high", "region")} | {"cispo_clip_ratio"}
+    if args.importance_sampling_mode.startswith("sequence"):
+        names |= {"sampling/importance_sampling_ratio/mean"}
+    return names
 
 
 def clip_high(args):
@@ -2602,9 +2615,8 @@ def main(args):
         dist.all_reduce(extremes, dist.ReduceOp.MAX)
         extremes = extremes.nan_to_num(neginf=0.0)  # a step without tokens
         metrics["loss"], *means = sums.tolist()
-        metrics |= {
-            name: value / max(1, step_tokens) for name, value in zip([*totals][1:], means, strict=True)
-        }
+        for name, value in zip([*totals][1:], means, strict=True):
+            metrics[name] = value / max(1, len(samples) if name in sample_metrics(args) else step_tokens)
         metrics |= {
             name: -value if name.endswith("min") else value
             for name, value in zip(most, extremes.tolist(), strict=True)
@@ -2615,7 +2627,8 @@ def main(args):
             rows, place_S = np.unique(rows, return_inverse=True)
             asked = [np.unique(place_S[chosen]) for chosen in plan[rank]]
             stop_non_finite(step + 1, metrics["loss"], grad_norm, data, rows, asked, micro_losses)
-        optimizer.step()
+        if samples:  # else Adam would go on with the moments of earlier steps
+            optimizer.step()
         optimizer.zero_grad()
         if args.sync_ref_model and (step + 1) % args.ref_model_sync_steps == 0:
             move_reference(reference, policy, args.ref_model_mixup_alpha)
