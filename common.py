@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -1410,10 +1411,19 @@ REWARDS = {"accuracy": accuracy, "choice": choice, "format": think_format}
 # ---- What is the answer, and is it right? ------------------------------------------------------------------
 
 ANSWER = re.compile(r"(?is).*\banswer\b[^.:=\n]{0,40}?(?:\bis\b|[:=])[\s:=*]*(.+?)(?:\.(?=[\s*]|$)|\n|$)")
-EDGES = re.compile(r"^(?:\s|\*\*|\\?\$|\\[(\[])+|(?:\s|\*\*|\\?\$|\\[)\]]|\.)+$")
+# Around it: \u20ac is the euro, \u00a3 the pound, \u00b0 the degree.
+EDGES = re.compile(
+    r"^(?:\s|\*\*|\\?\$|\\[(\[]|[\u20ac\u00a3])+|(?:\s|\*\*|\\?\$|\\[)\]]|[.\u20ac\u00a3\u00b0])+$"
+)
+# After a number; math-verify drops some units, but no currencies and no squares.
+UNIT = re.compile(
+    r"(?<=[\d}$])(?:[\s~]|\\ )*(?:dollars?|euros?|USD|EUR|[kcm]?m/[hs]|(?:[kcdm]?m|in|ft)\s*\^\s*\{?[23]\}?)$"
+)
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}|/\d+)?", re.IGNORECASE)
-# Left to do: 12 + 30, (12)(30), 12 30
-ARITHMETIC = re.compile(r"[\d)}\]]\s*(?:[-+*]|\\times|\\cdot|\\div|\(\s*\d|\s\d)")
+# Left to do: 12 + 30, (12)(30), 12 30; with the signs of Unicode, too.
+ARITHMETIC = re.compile(
+    r"[\d)}\]]\s*(?:[-+*\u00d7\u00f7\u00b7\u2219\u22c5\uff0b]|\\times|\\cdot|\\div|\(\s*\d|\s\d)"
+)
 WORDS = re.compile(r"(?=.*[a-z]{3})[a-z ,;'-]+", re.IGNORECASE)
 LONGEST_ANSWER = 300  # characters; what is longer is only compared as text
 
@@ -1430,6 +1440,7 @@ def answers_agree(said, gold, percent=False):
     if not said or (is_percent[0] != is_percent[1] and not percent):
         return False
     said, gold = (re.sub(r"\s?(?:\\?%|per ?cent)", "", text) for text in (said, gold))
+    said, gold = (EDGES.sub("", UNIT.sub("", text)) for text in (said, gold))
     if (right := as_number(gold)) is not None and len(said) <= LONGEST_ANSWER:
         said = re.sub(r"^(?:.*[^<>!])?=\s*", "", said)  # x = 42
         if (found := as_number(said)) is not None:
@@ -1474,7 +1485,7 @@ def final_answer(text):
     text = " ".join(text.split())
     if len(text) > LONGEST_ANSWER:
         return text
-    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
+    text = re.sub("[\u2212\u2013]", "-", text).replace("{,}", ",")  # minus signs; 1{,}234
     text = re.sub(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]", "", text)
     return EDGES.sub("", text)
@@ -1493,7 +1504,7 @@ def as_number(text):
     r"""The exact value (0.1 is 1/10) of a number in digits, with thousands separators, an exponent or
     \times 10^n, of a fraction of two, or of a whole number in words; None for anything else."""
     text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text.strip())
-    text = re.sub(r"\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*\{?(-?\d{1,3})\}?$", r"e\1", text)
+    text = re.sub(r"\s*(?:\\times|\\cdot|[*x\u00d7\u00b7])\s*10\s*\^\s*\{?(-?\d{1,3})\}?$", r"e\1", text)
     text = re.sub(r"^(-?)\\[dt]?frac\s*(\d|\{\d+\})\s*(\d|\{\d+\})$", r"\1\2/\3", text)
     text = re.sub(r"\s*/\s*", "/", re.sub(r"[{}]", "", text) if "/" in text else text)
     try:
@@ -1705,7 +1716,13 @@ FACTORIES = {
 
 
 def check_reward_columns(names, rows):
-    """Raise UserError where a reward needs an answer and no row has one; rows: `columns` of encode_prompt."""
+    """Raise UserError where a reward needs an answer and no row has one, or where a column has the name of
+    what all rewards get; rows: `columns` of encode_prompt."""
+    for taken in ("prompts", "completions", "completion_ids"):
+        if any(taken in json.loads(row) for row in rows):
+            raise UserError(
+                f"the data has a column `{taken}`, which rewards know as something else; rename it"
+            )
     asking = [name for name in names if name in ("accuracy", "choice", "cosine")]
     known = map(json.loads, rows)
     if asking and not any(row.get(name) is not None for row in known for name in ("answer", "solution")):
@@ -1733,12 +1750,7 @@ def load_reward(name, max_completion_length=None):
     if not path.endswith(".py") or not Path(path).is_file():
         known = ", ".join([*REWARDS, *FACTORIES])
         raise UserError(f"--rewards {name}: neither FILE.py:FUNCTION nor one of {known}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--rewards {name}: {path} cannot be imported: {error!r}") from error
+    module = import_file(f"--rewards {name}", path)
     if not callable(reward := getattr(module, function, None)):
         raise UserError(f"--rewards {name}: {path} has no function {function}")
     if "environments" in inspect.signature(reward).parameters:
@@ -1748,6 +1760,17 @@ def load_reward(name, max_completion_length=None):
     return reward
 
 
+def import_file(flag, path):
+    """The module that the Python file `path`, which `flag` names, holds."""
+    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{flag}: {path} cannot be imported: {error!r}") from error
+    return module
+
+
 def prepare_workers():
     """Begin to start the process that workers are forked from. It imports this module, which takes seconds,
     while the caller goes on."""
@@ -1755,9 +1778,40 @@ def prepare_workers():
     multiprocessing.forkserver.ensure_running()
 
 
+def detach():
+    """Make a worker the leader of a session: signals to the trainer's group are the trainer's to handle, and
+    what the worker starts ends with it. All of it ends with the trainer, even in a call that hangs."""
+    os.setsid()
+    multiprocessing.current_process().daemon = False  # one may have no processes of its own
+    if sys.platform == "linux":  # the kernel kills the group when this pipe from the trainer is closed
+        pipe = multiprocessing.parent_process().sentinel
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def end_worker(process):
+    """Kill a worker and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def reward_values(values):
+    """What a reward function returned -> [float or None, ...]. Text is no reward, nor are a dict's keys."""
+    if isinstance(values, str | dict | set):
+        raise TypeError(f"it returned a {type(values).__name__}; it must be a list of numbers")
+    values = list(values)
+    if text := [value for value in values if isinstance(value, str)]:
+        raise TypeError(f"it returned the text {text[0]!r}; it must be a list of numbers")
+    return [None if value is None else float(value) for value in values]
+
+
 def serve_rewards(pipe, names, max_completion_length):
     """The worker process: answers (index of a reward, arguments) with ("ok", values) or what went wrong."""
-    os.setsid()  # signals to the trainer's group are the trainer's to handle
+    detach()
+    own = os.getpid()
     try:
         rewards = [load_reward(name, max_completion_length) for name in names]
     except UserError as error:
@@ -1772,9 +1826,12 @@ def serve_rewards(pipe, names, max_completion_length):
             values = rewards[index](**arguments)
             if inspect.isawaitable(values):
                 values = asyncio.run(as_coroutine(values))
-            pipe.send(("ok", [None if value is None else float(value) for value in values]))
+            answer = "ok", reward_values(values)
         except Exception as error:
-            pipe.send(("exception", f"{error!r}"))
+            answer = "exception", f"{error!r}"
+        if os.getpid() != own:  # a fork, by the function, that came back: nobody waits for its answer
+            os._exit(0)
+        pipe.send(answer)
 
 
 async def as_coroutine(awaitable):
@@ -1807,8 +1864,7 @@ class RewardWorker:
             raise UserError(problem if kind == "refused" else f"the reward process does not start: {kind}")
 
     def stop(self):
-        self.process.kill()
-        self.process.join()
+        end_worker(self.process)
         self.pipe.close()
 
     def receive(self, deadline):
@@ -1885,12 +1941,7 @@ def load_environment(name):
     path, _, class_name = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--environment {name}: it must be FILE.py:CLASS, and the file must exist")
-    spec = importlib.util.spec_from_file_location(f"environment_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--environment {name}: {path} cannot be imported: {error!r}") from error
+    module = import_file(f"--environment {name}", path)
     if not inspect.isclass(kind := getattr(module, class_name, None)):
         raise UserError(f"--environment {name}: {path} has no class {class_name}")
     members = [member for member, _ in inspect.getmembers(kind, inspect.isfunction)]
@@ -1910,7 +1961,7 @@ def load_environment(name):
 def serve_environments(pipe, name):
     """The worker process: gets (episode, [(method, arguments), ...]), sends (episode, kind, value) for each
     call in its order; gets and sends None to show that it is alive."""
-    os.setsid()  # signals to the trainer's group are the trainer's to handle
+    detach()
     try:
         kind, tools, has_reward = load_environment(name)
     except UserError as error:
@@ -2013,8 +2064,7 @@ class EnvironmentWorker:
         self.tools, self.has_reward = value
 
     def stop(self):
-        self.process.kill()
-        self.process.join()
+        end_worker(self.process)
 
     def hear(self, seconds):
         """-> what the process says."""
