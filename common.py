@@ -2594,6 +2594,8 @@ def draw(logits_SV, temperature, uniform_S):
 class EngineError(UserError):
     """A generation server is gone, late, or has not the weights that it should have. It may be mended."""
 
+    status = None  # of the HTTP answer, if there was one
+
 
 @dataclass(frozen=True)
 class ServerNeeds:
@@ -2609,11 +2611,11 @@ class ServerNeeds:
     flags: tuple = ()
     """More of vLLM's own."""
 
-    def command(self, port=8000):
+    def command(self, port=8000, host="127.0.0.1"):
         """-> environment, a dict, and arguments of Python. vLLM's control routes have no password: the server
-        listens to its own machine only, unless --host is changed."""
+        listens to its own machine only, unless `host` is another's name for it."""
         env = {"VLLM_SERVER_DEV_MODE": "1"}
-        args = ["--model", self.model, "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+        args = ["--model", self.model, "--host", host, "--port", str(port), "--enable-scale-out"]
         args += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
         args += ["--disable-uvicorn-access-log"]
         args += ["--dtype", self.dtype, "--max-model-len", str(self.max_length)]
@@ -2632,9 +2634,9 @@ class ServerNeeds:
             args.append("--enable-sleep-mode")
         return env, ["-m", "vllm.entrypoints.openai.api_server", *args, *self.flags]
 
-    def shell(self):
-        """The command as one types it."""
-        env, args = self.command()
+    def shell(self, url="http://127.0.0.1:8000"):
+        """The command as one types it, for a server at `url`."""
+        env, args = self.command(httpx.URL(url).port or 80, httpx.URL(url).host)
         return " ".join(
             [*(f"{k}={shlex.quote(v)}" for k, v in env.items()), "python", *map(shlex.quote, args)]
         )
@@ -2671,6 +2673,7 @@ class VLLMServer:
                 free.bind(("127.0.0.1", 0))
                 self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
             self.launch()
+        atexit.register(self.stop)
 
     def launch(self):
         """Start the process; it ends when ours does, however that ends."""
@@ -2693,7 +2696,6 @@ class VLLMServer:
                 start_new_session=True,
                 preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
-        atexit.register(self.stop)
 
     def is_dead(self):
         return self.process is not None and self.process.poll() is not None
@@ -2707,15 +2709,24 @@ class VLLMServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            atexit.unregister(self.stop)
 
     def stop(self):
-        """End what we started, and leave what was given to us unpaused."""
+        """End what we started, and leave what was given to us unpaused, partial weights by another name."""
         if self.process is None and self.is_paused:
             with contextlib.suppress(EngineError):
+                label = {"new_version": "incomplete"}
+                self.request("POST", "update_weight_version", seconds=10, json=label)
+                self.end_update()
                 self.request("POST", "resume", seconds=10)
         self.kill()
-        self.process = None
+        self.process, self.is_paused = None, False
+
+    def end_update(self):
+        """End an update that was cut short: vLLM begins no other before. Requests would read garbage."""
+        self.request("POST", "abort_requests", seconds=10, json={})
+        for route in ("start_weight_update", "finish_weight_update"):  # the first fails where one is going on
+            with contextlib.suppress(EngineError):
+                self.request("POST", route, seconds=10, json={})
 
     def request(self, method, path, seconds=None, **kwargs):
         """-> the JSON of the answer; EngineError where none comes in time, or one that tells of a failure."""
@@ -2725,7 +2736,9 @@ class VLLMServer:
             raise EngineError(f"the vLLM server {self.url} does not answer /{path}: {error!r}") from error
         if answer.status_code != 200:
             said = f"answers /{path} with {answer.status_code}: {answer.text[:500]}"
-            raise EngineError(f"the vLLM server {self.url} {said}")
+            error = EngineError(f"the vLLM server {self.url} {said}")
+            error.status = answer.status_code
+            raise error
         return answer.json() if answer.content else None
 
     def wait(self):
@@ -2743,26 +2756,31 @@ class VLLMServer:
             except EngineError as error:
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{error}; waited {self.timeout:g} s. Start it with\n{self.needs.shell()}"
+                        f"{error}; waited {self.timeout:g} s. Start it with\n{self.needs.shell(self.url)}"
                     ) from error
                 time.sleep(0.5)
 
     def check(self):
         """UserError with the right command line where the server's flags do not do."""
+        problems, missing = [], "VLLM_SERVER_DEV_MODE=1"
         try:
             config = self.request("GET", "server_info", params={"config_format": "json"})["vllm_config"]
             problems, missing = self.needs.problems(config), "--enable-scale-out"
-            probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
-            self.request("POST", "inference/v1/generate", json=probe)
-            self.version = self.request("GET", "weight_info")["weight_version"]
+            self.request("POST", "inference/v1/generate", json={})  # 422: the route is there
         except EngineError as error:
-            missing = "--enable-scale-out" if "generate" in str(error) else "VLLM_SERVER_DEV_MODE=1"
-            problems = [f"{error}; it needs {missing}"]
+            if error.status in (403, 404):
+                problems.append(f"{error}; it needs {missing}")
+            elif error.status not in (400, 422):
+                raise
         if problems:
             raise UserError(
                 f"the vLLM server {self.url} cannot be used: {'; '.join(problems)}. Start it with\n"
-                f"{self.needs.shell()}"
+                f"{self.needs.shell(self.url)}"
             )
+        self.version = self.request("GET", "weight_info")["weight_version"]
+        self.is_paused = self.is_owner and bool(self.request("GET", "is_paused").get("is_paused"))
+        if self.is_paused:  # by an update that was cut short, of this run or of one that was killed
+            self.version = "incomplete"
 
     def sleep(self):
         """Give the GPU's memory to the trainer, which shares it with the server."""
@@ -2782,8 +2800,10 @@ class VLLMServer:
         frozen meanwhile, and go on with the new weights. All ranks that use an ipc server take part."""
         deadline = time.monotonic() + self.timeout
         if self.is_owner:
+            was_cut_short, self.is_paused = self.is_paused, True
             self.request("POST", "pause", params={"mode": "keep"})
-            self.is_paused = True
+            if was_cut_short:
+                self.end_update()
         if self.is_owner or self.needs.transport == "ipc":
             if self.sender is None:
                 self.sender = (GlooSender if self.needs.transport == "gloo" else VLLMSender)(self, deadline)
@@ -2978,12 +2998,16 @@ class VLLMEngine:
     def recover(self):
         """Start again what we started and has died, wait for what has not; all need weights again."""
         for server in self.servers:
-            server.sender, self.version = None, None
+            server.sender, server.is_asleep, self.version = None, False, None
             if server.process is not None:
                 server.kill()
                 server.launch()
+                server.is_paused = False
             server.wait()
-            server.check()
+            try:
+                server.check()
+            except UserError as error:  # it was started again with other flags
+                raise EngineError(str(error)) from error
 
     def sleep(self):
         """Between generation and training."""
