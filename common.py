@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import csv
 import ctypes
+import fcntl
 import functools
 import hashlib
 import heapq
@@ -1429,10 +1430,19 @@ REWARDS = {"accuracy": accuracy, "choice": choice, "format": think_format}
 # ---- What is the answer, and is it right? ------------------------------------------------------------------
 
 ANSWER = re.compile(r"(?is).*\banswer\b[^.:=\n]{0,40}?(?:\bis\b|[:=])[\s:=*]*(.+?)(?:\.(?=[\s*]|$)|\n|$)")
-EDGES = re.compile(r"^(?:\s|\*\*|\\?\$|\\[(\[])+|(?:\s|\*\*|\\?\$|\\[)\]]|\.)+$")
+# Around it: \u20ac is the euro, \u00a3 the pound, \u00b0 the degree.
+EDGES = re.compile(
+    r"^(?:\s|\*\*|\\?\$|\\[(\[]|[\u20ac\u00a3])+|(?:\s|\*\*|\\?\$|\\[)\]]|[.\u20ac\u00a3\u00b0])+$"
+)
+# After a number; math-verify drops some units, but no currencies and no squares.
+UNIT = re.compile(
+    r"(?<=[\d}$])(?:[\s~]|\\ )*(?:dollars?|euros?|USD|EUR|[kcm]?m/[hs]|(?:[kcdm]?m|in|ft)\s*\^\s*\{?[23]\}?)$"
+)
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d{1,3}|/\d+)?", re.IGNORECASE)
-# Left to do: 12 + 30, (12)(30), 12 30
-ARITHMETIC = re.compile(r"[\d)}\]]\s*(?:[-+*]|\\times|\\cdot|\\div|\(\s*\d|\s\d)")
+# Left to do: 12 + 30, (12)(30), 12 30; with the signs of Unicode, too.
+ARITHMETIC = re.compile(
+    r"[\d)}\]]\s*(?:[-+*\u00d7\u00f7\u00b7\u2219\u22c5\uff0b]|\\times|\\cdot|\\div|\(\s*\d|\s\d)"
+)
 WORDS = re.compile(r"(?=.*[a-z]{3})[a-z ,;'-]+", re.IGNORECASE)
 LONGEST_ANSWER = 300  # characters; what is longer is only compared as text
 
@@ -1449,6 +1459,7 @@ def answers_agree(said, gold, percent=False):
     if not said or (is_percent[0] != is_percent[1] and not percent):
         return False
     said, gold = (re.sub(r"\s?(?:\\?%|per ?cent)", "", text) for text in (said, gold))
+    said, gold = (EDGES.sub("", UNIT.sub("", text)) for text in (said, gold))
     if (right := as_number(gold)) is not None and len(said) <= LONGEST_ANSWER:
         said = re.sub(r"^(?:.*[^<>!])?=\s*", "", said)  # x = 42
         if (found := as_number(said)) is not None:
@@ -1493,7 +1504,7 @@ def final_answer(text):
     text = " ".join(text.split())
     if len(text) > LONGEST_ANSWER:
         return text
-    text = text.replace("\u2212", "-").replace("{,}", ",")  # a minus sign; 1{,}234
+    text = re.sub("[\u2212\u2013]", "-", text).replace("{,}", ",")  # minus signs; 1{,}234
     text = re.sub(r"\\(?:text(?:bf|it|rm)?|mathrm|mathbf|mbox)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]", "", text)
     return EDGES.sub("", text)
@@ -1512,7 +1523,7 @@ def as_number(text):
     r"""The exact value (0.1 is 1/10) of a number in digits, with thousands separators, an exponent or
     \times 10^n, of a fraction of two, or of a whole number in words; None for anything else."""
     text = re.sub(r"(?<=\d),(?=\d{3}(\D|$))", "", text.strip())
-    text = re.sub(r"\s*(?:\\times|\\cdot|[*x])\s*10\s*\^\s*\{?(-?\d{1,3})\}?$", r"e\1", text)
+    text = re.sub(r"\s*(?:\\times|\\cdot|[*x\u00d7\u00b7])\s*10\s*\^\s*\{?(-?\d{1,3})\}?$", r"e\1", text)
     text = re.sub(r"^(-?)\\[dt]?frac\s*(\d|\{\d+\})\s*(\d|\{\d+\})$", r"\1\2/\3", text)
     text = re.sub(r"\s*/\s*", "/", re.sub(r"[{}]", "", text) if "/" in text else text)
     try:
@@ -1724,7 +1735,13 @@ FACTORIES = {
 
 
 def check_reward_columns(names, rows):
-    """Raise UserError where a reward needs an answer and no row has one; rows: `columns` of encode_prompt."""
+    """Raise UserError where a reward needs an answer and no row has one, or where a column has the name of
+    what all rewards get; rows: `columns` of encode_prompt."""
+    for taken in ("prompts", "completions", "completion_ids"):
+        if any(taken in json.loads(row) for row in rows):
+            raise UserError(
+                f"the data has a column `{taken}`, which rewards know as something else; rename it"
+            )
     asking = [name for name in names if name in ("accuracy", "choice", "cosine")]
     known = map(json.loads, rows)
     if asking and not any(row.get(name) is not None for row in known for name in ("answer", "solution")):
@@ -1752,12 +1769,7 @@ def load_reward(name, max_completion_length=None):
     if not path.endswith(".py") or not Path(path).is_file():
         known = ", ".join([*REWARDS, *FACTORIES])
         raise UserError(f"--rewards {name}: neither FILE.py:FUNCTION nor one of {known}")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--rewards {name}: {path} cannot be imported: {error!r}") from error
+    module = import_file(f"--rewards {name}", path)
     if not callable(reward := getattr(module, function, None)):
         raise UserError(f"--rewards {name}: {path} has no function {function}")
     if "environments" in inspect.signature(reward).parameters:
@@ -1767,6 +1779,17 @@ def load_reward(name, max_completion_length=None):
     return reward
 
 
+def import_file(flag, path):
+    """The module that the Python file `path`, which `flag` names, holds."""
+    spec = importlib.util.spec_from_file_location(f"user_{Path(path).stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{flag}: {path} cannot be imported: {error!r}") from error
+    return module
+
+
 def prepare_workers():
     """Begin to start the process that workers are forked from. It imports this module, which takes seconds,
     while the caller goes on."""
@@ -1774,9 +1797,40 @@ def prepare_workers():
     multiprocessing.forkserver.ensure_running()
 
 
+def detach():
+    """Make a worker the leader of a session: signals to the trainer's group are the trainer's to handle, and
+    what the worker starts ends with it. All of it ends with the trainer, even in a call that hangs."""
+    os.setsid()
+    multiprocessing.current_process().daemon = False  # one may have no processes of its own
+    if sys.platform == "linux":  # the kernel kills the group when this pipe from the trainer is closed
+        pipe = multiprocessing.parent_process().sentinel
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, -os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def end_worker(process):
+    """Kill a worker and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def reward_values(values):
+    """What a reward function returned -> [float or None, ...]. Text is no reward, nor are a dict's keys."""
+    if isinstance(values, str | dict | set):
+        raise TypeError(f"it returned a {type(values).__name__}; it must be a list of numbers")
+    values = list(values)
+    if text := [value for value in values if isinstance(value, str)]:
+        raise TypeError(f"it returned the text {text[0]!r}; it must be a list of numbers")
+    return [None if value is None else float(value) for value in values]
+
+
 def serve_rewards(pipe, names, max_completion_length):
     """The worker process: answers (index of a reward, arguments) with ("ok", values) or what went wrong."""
-    os.setsid()  # signals to the trainer's group are the trainer's to handle
+    detach()
+    own = os.getpid()
     try:
         rewards = [load_reward(name, max_completion_length) for name in names]
     except UserError as error:
@@ -1791,10 +1845,12 @@ def serve_rewards(pipe, names, max_completion_length):
             values = rewards[index](**arguments)
             if inspect.isawaitable(values):
                 values = asyncio.run(as_coroutine(values))
-            answer = "ok", [None if value is None else float(value) for value in values]
+            answer = "ok", reward_values(values)
         except Exception as error:
             answer = "exception", f"{error!r}"
-        with contextlib.suppress(BrokenPipeError):  # it has ended meanwhile
+        if os.getpid() != own:  # a fork, by the function, that came back: nobody waits for its answer
+            os._exit(0)
+        with contextlib.suppress(BrokenPipeError):  # the trainer has ended meanwhile
             pipe.send(answer)
 
 
@@ -1828,8 +1884,7 @@ class RewardWorker:
             raise UserError(problem if kind == "refused" else f"the reward process does not start: {kind}")
 
     def stop(self):
-        self.process.kill()
-        self.process.join()
+        end_worker(self.process)
         self.pipe.close()
 
     def receive(self, deadline):
@@ -1906,12 +1961,7 @@ def load_environment(name):
     path, _, class_name = name.rpartition(":")
     if not path.endswith(".py") or not Path(path).is_file():
         raise UserError(f"--environment {name}: it must be FILE.py:CLASS, and the file must exist")
-    spec = importlib.util.spec_from_file_location(f"environment_{Path(path).stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"--environment {name}: {path} cannot be imported: {error!r}") from error
+    module = import_file(f"--environment {name}", path)
     if not inspect.isclass(kind := getattr(module, class_name, None)):
         raise UserError(f"--environment {name}: {path} has no class {class_name}")
     members = [member for member, _ in inspect.getmembers(kind, inspect.isfunction)]
@@ -1931,7 +1981,7 @@ def load_environment(name):
 def serve_environments(pipe, name):
     """The worker process: gets (episode, [(method, arguments), ...]), sends (episode, kind, value) for each
     call in its order; gets and sends None to show that it is alive."""
-    os.setsid()  # signals to the trainer's group are the trainer's to handle
+    detach()
     try:
         kind, tools, has_reward = load_environment(name)
     except UserError as error:
@@ -2034,8 +2084,7 @@ class EnvironmentWorker:
         self.tools, self.has_reward = value
 
     def stop(self):
-        self.process.kill()
-        self.process.join()
+        end_worker(self.process)
 
     def hear(self, seconds):
         """-> what the process says."""
@@ -2571,6 +2620,8 @@ def draw(logits_SV, temperature, uniform_S):
 class EngineError(UserError):
     """A generation server is gone, late, or has not the weights that it should have. It may be mended."""
 
+    status = None  # of the HTTP answer, if there was one
+
 
 @dataclass(frozen=True)
 class ServerNeeds:
@@ -2586,11 +2637,11 @@ class ServerNeeds:
     flags: tuple = ()
     """More of vLLM's own."""
 
-    def command(self, port=8000):
+    def command(self, port=8000, host="127.0.0.1"):
         """-> environment, a dict, and arguments of Python. vLLM's control routes have no password: the server
-        listens to its own machine only, unless --host is changed."""
+        listens to its own machine only, unless `host` is another's name for it."""
         env = {"VLLM_SERVER_DEV_MODE": "1"}
-        args = ["--model", self.model, "--host", "127.0.0.1", "--port", str(port), "--enable-scale-out"]
+        args = ["--model", self.model, "--host", host, "--port", str(port), "--enable-scale-out"]
         args += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
         args += ["--disable-uvicorn-access-log"]
         args += ["--dtype", self.dtype, "--max-model-len", str(self.max_length)]
@@ -2609,9 +2660,9 @@ class ServerNeeds:
             args.append("--enable-sleep-mode")
         return env, ["-m", "vllm.entrypoints.openai.api_server", *args, *self.flags]
 
-    def shell(self):
-        """The command as one types it."""
-        env, args = self.command()
+    def shell(self, url="http://127.0.0.1:8000"):
+        """The command as one types it, for a server at `url`."""
+        env, args = self.command(httpx.URL(url).port or 80, httpx.URL(url).host)
         return " ".join(
             [*(f"{k}={shlex.quote(v)}" for k, v in env.items()), "python", *map(shlex.quote, args)]
         )
@@ -2649,6 +2700,7 @@ class VLLMServer:
                 free.bind(("127.0.0.1", 0))
                 self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
             self.launch()
+        atexit.register(self.stop)
 
     def launch(self):
         """Start the process; it ends when ours does, however that ends."""
@@ -2671,7 +2723,6 @@ class VLLMServer:
                 start_new_session=True,
                 preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
-        atexit.register(self.stop)
 
     def is_dead(self):
         return self.process is not None and self.process.poll() is not None
@@ -2685,15 +2736,24 @@ class VLLMServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            atexit.unregister(self.stop)
 
     def stop(self):
-        """End what we started, and leave what was given to us unpaused."""
+        """End what we started, and leave what was given to us unpaused, partial weights by another name."""
         if self.process is None and self.is_paused:
             with contextlib.suppress(EngineError):
+                label = {"new_version": "incomplete"}
+                self.request("POST", "update_weight_version", seconds=10, json=label)
+                self.end_update()
                 self.request("POST", "resume", seconds=10)
         self.kill()
-        self.process = None
+        self.process, self.is_paused = None, False
+
+    def end_update(self):
+        """End an update that was cut short: vLLM begins no other before. Requests would read garbage."""
+        self.request("POST", "abort_requests", seconds=10, json={})
+        for route in ("start_weight_update", "finish_weight_update"):  # the first fails where one is going on
+            with contextlib.suppress(EngineError):
+                self.request("POST", route, seconds=10, json={})
 
     def request(self, method, path, seconds=None, **kwargs):
         """-> the JSON of the answer; EngineError where none comes in time, or one that tells of a failure."""
@@ -2703,7 +2763,9 @@ class VLLMServer:
             raise EngineError(f"the vLLM server {self.url} does not answer /{path}: {error!r}") from error
         if answer.status_code != 200:
             said = f"answers /{path} with {answer.status_code}: {answer.text[:500]}"
-            raise EngineError(f"the vLLM server {self.url} {said}")
+            error = EngineError(f"the vLLM server {self.url} {said}")
+            error.status = answer.status_code
+            raise error
         return answer.json() if answer.content else None
 
     def wait(self):
@@ -2721,26 +2783,31 @@ class VLLMServer:
             except EngineError as error:
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"{error}; waited {self.timeout:g} s. Start it with\n{self.needs.shell()}"
+                        f"{error}; waited {self.timeout:g} s. Start it with\n{self.needs.shell(self.url)}"
                     ) from error
                 time.sleep(0.5)
 
     def check(self):
         """UserError with the right command line where the server's flags do not do."""
+        problems, missing = [], "VLLM_SERVER_DEV_MODE=1"
         try:
             config = self.request("GET", "server_info", params={"config_format": "json"})["vllm_config"]
             problems, missing = self.needs.problems(config), "--enable-scale-out"
-            probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
-            self.request("POST", "inference/v1/generate", json=probe)
-            self.version = self.request("GET", "weight_info")["weight_version"]
+            self.request("POST", "inference/v1/generate", json={})  # 422: the route is there
         except EngineError as error:
-            missing = "--enable-scale-out" if "generate" in str(error) else "VLLM_SERVER_DEV_MODE=1"
-            problems = [f"{error}; it needs {missing}"]
+            if error.status in (403, 404):
+                problems.append(f"{error}; it needs {missing}")
+            elif error.status not in (400, 422):
+                raise
         if problems:
             raise UserError(
                 f"the vLLM server {self.url} cannot be used: {'; '.join(problems)}. Start it with\n"
-                f"{self.needs.shell()}"
+                f"{self.needs.shell(self.url)}"
             )
+        self.version = self.request("GET", "weight_info")["weight_version"]
+        self.is_paused = self.is_owner and bool(self.request("GET", "is_paused").get("is_paused"))
+        if self.is_paused:  # by an update that was cut short, of this run or of one that was killed
+            self.version = "incomplete"
 
     def sleep(self):
         """Give the GPU's memory to the trainer, which shares it with the server."""
@@ -2771,8 +2838,10 @@ class VLLMServer:
         began = time.monotonic()
         deadline = began + self.timeout
         if self.is_owner:
+            was_cut_short, self.is_paused = self.is_paused, True
             self.request("POST", "pause", params={"mode": "keep", "clear_cache": not keep_kv})
-            self.is_paused = True
+            if was_cut_short:
+                self.end_update()
         if self.is_owner or self.needs.transport == "ipc":
             if self.sender is None:
                 self.sender = (GlooSender if self.needs.transport == "gloo" else VLLMSender)(self, deadline)
@@ -3001,12 +3070,16 @@ class VLLMEngine:
     def recover(self):
         """Start again what we started and has died, wait for what has not; all need weights again."""
         for server in self.servers:
-            server.sender, self.version = None, None
+            server.sender, server.is_asleep, self.version = None, False, None
             if server.process is not None:
                 server.kill()
                 server.launch()
+                server.is_paused = False
             server.wait()
-            server.check()
+            try:
+                server.check()
+            except UserError as error:  # it was started again with other flags
+                raise EngineError(str(error)) from error
 
     def sleep(self):
         """Between generation and training."""

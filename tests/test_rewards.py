@@ -3,8 +3,11 @@
 import json
 import math
 import random
+import subprocess
+import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,7 +62,9 @@ EQUAL = [  # what is said, what is right
     ("(1, 2)", "(1,2)"), ("(x+1)^2", "x^2+2x+1"), ("1+2x", "2x+1"), ("y=1+2x", "y=2x+1"), ("4i+3", "3+4i"), ("2", "x=2"),
     (r"\frac{1}{\sqrt2}", r"\frac{\sqrt{2}}{2}"), (r"$\boxed{\frac{\pi}{4}}$", r"\frac{\pi}{4}"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-    ("Paris", "paris"), (r"\boxed{\text{Paris}}", "Paris"), ("The answer is blue  whale.", "Blue whale"), ("}{", "}{"),
+    ("42 dollars", "42"), ("The answer is $42$ dollars.", "42"), ("1,000 USD", "1000"), ("\u20ac42", "42"), ("42\u20ac", "42"),
+    ("42 cm^2", "42"), (r"42\ \text{cm}^2", "42"), (r"42~\mathrm{m}^{3}", "42"), ("42 km/h", "42"), ("42\u00b0", "42"), ("\u201342", "-42"),
+    ("42", r"42\text{ cm}^2"), ("42", "42 dollars"), ("1.5 \u00d7 10^3", "1500"), ("Paris", "paris"), (r"\boxed{\text{Paris}}", "Paris"), ("The answer is blue  whale.", "Blue whale"), ("}{", "}{"),
 ]  # fmt: skip
 UNEQUAL = [
     ("43", "42"), ("", "42"), (r"\boxed{}", "42"), ("...", "42"), ("no answer", "42"), ("no answer", "0"), ("=", "42"), ("nan", "42"),
@@ -71,7 +76,8 @@ UNEQUAL = [
     ("The answer is 42. The answer is 43.", "42"), ("#### 42\n#### 43", "42"), ("41,42", "42"), ("41 or 42", "42"), (r"\pm 42", "42"),
     (r"\{41, 42\}", "42"), ("41 < x < 43", "42"), ("x >= 42", "42"), ("[42, 43]", "42"), ("41 or 42. " * 100, "42"),
     # Arithmetic left to do: no policy shall win by repeating the question.
-    ("12 + 30", "42"), ("12 + 30 =", "42"), ("12 30", "42"), ("{12}+{30}", "42"), ("(12)(30)", "360"), (r"6 \cdot 7", "42"), ("43 - 1", "42"),
+    ("12 + 30", "42"), ("12 + 30 =", "42"), ("12 30", "42"), ("{12}+{30}", "42"), ("6\u00d77", "42"), ("84 \u00f7 2", "42"),
+    ("6\u00b77", "42"), ("12\uff0b30", "42"), ("42^2", "42"), ("42 m 3", "42"), ("(12)(30)", "360"), (r"6 \cdot 7", "42"), ("43 - 1", "42"),
     ("(1,2)", "[1,2]"), ("[1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), (r"\{1,3\}", r"\{1,2\}"), ("(2,1)", "(1,2)"), ("[0,1]", "[0,1)"),
     ("x^2+1", "(x+1)^2"), ("x", "y"), ("2x", "2"), ("Pairs", "Paris"), ("London", "Paris"), ("}", "}{"),
 ]  # fmt: skip
@@ -447,7 +453,9 @@ def test_a_bomb_costs_one_sample_and_its_deadline():
 
 
 BAD_REWARD = """
-import asyncio, math, os, time
+from __future__ import annotations
+import asyncio, math, multiprocessing, os, subprocess, time
+from dataclasses import dataclass
 
 def good(completions, bonus, **_):
     return [len(text) + extra for text, extra in zip(completions, bonus)]
@@ -467,6 +475,31 @@ def bad(completions, **_):
             raise RuntimeError("no")
         values += [{"nan": math.nan, "inf": math.inf, "none": None}.get(text, 0.5)]
     return values + [0.0] * completions.count("count")
+
+def text(completions, **_):
+    return ["0.5"] * len(completions)
+
+def mapping(completions, **_):
+    return {index: 1.0 for index in range(len(completions))}
+
+def forks(completions, **_):
+    os.fork()
+    return [float(len(text)) for text in completions]
+
+def has_processes(completions, **_):
+    with multiprocessing.Pool(1) as pool:
+        return pool.map(float, [len(text) for text in completions])
+
+def leaves_a_process(completions, **_):
+    if os.path.exists(completions[0]):
+        return [1.0] * len(completions)
+    with open(completions[0], "w") as file:
+        file.write(str(subprocess.Popen(["sleep", "600"]).pid))
+    time.sleep(600)
+
+@dataclass
+class Row:
+    x: int
 
 def wants_environments(completions, environments):
     return [0.0] * len(completions)
@@ -497,3 +530,62 @@ def test_rewards_that_fail_cost_only_the_samples_to_blame(bad_rewards):
     finally:
         worker.stop()
     assert not worker.process.is_alive()
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(pid, seconds=20):
+    deadline = time.monotonic() + seconds
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not is_running(pid)
+
+
+@pytest.mark.slow
+def test_rewards_that_start_processes(bad_rewards, tmp_path):
+    """A fork that comes back does not answer in its parent's place; what a function has started ends with its worker."""
+    names = ["forks", "leaves_a_process", "has_processes", "text", "mapping"]
+    worker = RewardWorker([f"{bad_rewards}:{name}" for name in names], timeout=3.0)
+    try:
+        said = [str(tmp_path / "pid"), "four", "three"]
+        for index, size in ((0, [len(text) for text in said]), (2, [len(text) for text in said])):
+            for _ in range(2):
+                assert worker.call(index, {"completions": said}) == (size, "")
+        assert worker.call(1, {"completions": said}) == (None, "timeout")
+        assert ends(int((tmp_path / "pid").read_text()))
+        for index, message in ((3, "returned the text '0.5'"), (4, "returned a dict")):
+            assert worker.call(index, {"completions": said}) == (None, "exception")
+            assert message in worker.problem
+    finally:
+        worker.stop()
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_ends_with_its_trainer(tmp_path):
+    """Even where the interpreter's lock is held."""
+    (tmp_path / "r.py").write_text("def spin(completions, **_):\n    return 9**9**9\n")
+    (tmp_path / "trainer.py").write_text(
+        f"import os, sys, threading\nsys.path.insert(0, {str(Path(common.__file__).parent)!r})\n"
+        "from common import RewardWorker\n"
+        "if __name__ == '__main__':\n"
+        f"    worker = RewardWorker([{str(tmp_path / 'r.py:spin')!r}], timeout=600)\n"
+        "    print(worker.process.pid, flush=True)\n"
+        "    threading.Timer(1, os.kill, (os.getpid(), 9)).start()\n"
+        "    worker([''], [''], [[]], {})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, tmp_path / "trainer.py"], stdout=subprocess.PIPE, timeout=120, check=False
+    )
+    assert done.returncode == -9
+    assert ends(int(done.stdout))
+
+
+def test_a_column_cannot_stand_for_what_was_said():
+    for name in ("prompts", "completions", "completion_ids"):
+        with pytest.raises(UserError, match=f"a column `{name}`"):
+            check_reward_columns(["format"], [json.dumps({"answer": "1"}), json.dumps({name: "x"})])

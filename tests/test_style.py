@@ -12,9 +12,9 @@ LIMITS = {
     "sft.py": 1280,
     "dpo.py": 1680,
     "reward_model.py": 1370,
-    "grpo.py": 2200,
-    "async_grpo.py": 2750,
-    "common.py": 3050,
+    "grpo.py": 2230,
+    "async_grpo.py": 2780,
+    "common.py": 3180,
     "README.md": 300,
 }
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASSETS, kill, read_metrics, run, start, wait_for_step
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import common
+import grpo
 from common import EngineError, ServerNeeds, UserError, VLLMEngine, VLLMServer, side_by_side
 
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: see the README's first lines")
@@ -33,6 +35,28 @@ CONFIG = {
     "weight_transfer_config": {"backend": "gloo"},
     "scheduler_config": {"enable_chunked_prefill": False},
 }
+
+# ---- What is sent ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["embed_tokens", "down_proj"]])
+def test_with_lora_every_weight_is_sent_as_peft_merges_it(targets):
+    """All of them: of the fused weights of vLLM none can be loaded in part."""
+    model = policy_like(ASSETS / "model")
+    if "embed_tokens" in targets:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_" in name:
+                weight.normal_()
+    sent = dict(grpo.whole_weights(policy))
+    merged = dict(policy.merge_and_unload().named_parameters())
+    assert sent.keys() == merged.keys()
+    for name, weight in merged.items():
+        torch.testing.assert_close(sent[name], weight)
+
 
 # ---- A server that is a script ---------------------------------------------------------------------------------------
 
@@ -179,7 +203,7 @@ def test_wrong_server_flags_are_named_with_the_right_command(scripted, section, 
     with pytest.raises(UserError) as caught:
         VLLMServer(NEEDS, scripted.url).check()
     assert message in str(caught.value)
-    assert NEEDS.shell() in str(caught.value)
+    assert NEEDS.shell(scripted.url) in str(caught.value)
 
 
 def test_servers_without_the_routes_are_refused(scripted):
@@ -189,6 +213,45 @@ def test_servers_without_the_routes_are_refused(scripted):
     scripted.answers = {"server_info": (200, {"vllm_config": CONFIG}), "inference/v1/generate": (403, {})}
     with pytest.raises(UserError, match="needs --enable-scale-out"):
         VLLMServer(NEEDS, scripted.url).check()
+
+
+def test_the_command_serves_at_the_url_that_was_given():
+    words = NEEDS.shell("http://10.0.0.2:8123").split()
+    assert words[words.index("--host") + 1 :][:3] == ["10.0.0.2", "--port", "8123"]
+    words = NEEDS.shell("http://127.0.0.1:8000").split()
+    assert words[words.index("--host") + 1 :][:3] == ["127.0.0.1", "--port", "8000"]
+
+
+def test_a_server_that_goes_during_its_check_is_not_accused_of_missing_flags(scripted):
+    scripted.answers["server_info"] = (500, {})
+    with pytest.raises(EngineError, match="answers /server_info with 500"):
+        VLLMServer(NEEDS, scripted.url).check()
+    scripted.answers = {"server_info": (200, {"vllm_config": CONFIG}), "inference/v1/generate": ("hang", 5)}
+    with pytest.raises(EngineError, match="does not answer"):
+        VLLMServer(NEEDS, scripted.url, timeout=1.0).check()
+
+
+def test_wrong_flags_after_a_restart_can_be_mended(scripted):
+    """The run then ends with a checkpoint, as with any EngineError."""
+    scripted.answers["server_info"] = (404, {})
+    with pytest.raises(EngineError, match="needs VLLM_SERVER_DEV_MODE=1"):
+        engine_at(scripted.url).recover()
+
+
+def test_a_given_server_is_not_left_paused(scripted):
+    scripted.answers["start_weight_update"] = (500, {})
+    scripted.answers["get_world_size"] = (200, {"world_size": 1})
+    server = VLLMServer(replace(NEEDS, transport="gloo"), scripted.url, timeout=2.0)
+    server.sender = common.GlooSender.__new__(common.GlooSender)
+    server.sender.server = server
+    with pytest.raises(EngineError, match="start_weight_update"):
+        server.load_weights({"a": torch.ones(2)}, 1)
+    scripted.calls.clear()
+    server.stop()
+    cut = ["abort_requests", "start_weight_update", "finish_weight_update"]
+    assert scripted.calls == ["update_weight_version", *cut, "resume"]
+    server.stop()
+    assert len(scripted.calls) == 5
 
 
 def test_a_fitting_server_passes(scripted):
@@ -414,6 +477,30 @@ class TestRealServer:
             engine.load_weights(teacher.named_parameters(), 20)
         real.request("POST", "resume")
 
+    @pytest.mark.parametrize("how", ["killed", "failed"])
+    def test_an_update_that_was_cut_short_is_made_good(self, real, how):
+        """A trainer killed in it leaves the server paused, and vLLM in an update; one that fails leaves layers half
+        loaded, which vLLM would go on with."""
+        model = policy_like(ASSETS / "model", scale=0.02)
+        engine = VLLMEngine([VLLMServer(NEEDS, real.url, timeout=60.0)], model, torch.float32)
+        weights = dict(model.named_parameters())
+        engine.load_weights(weights.items(), 30)
+        if how == "killed":
+            real.request("POST", "pause", params={"mode": "keep"})
+            real.request("POST", "start_weight_update")
+            engine = VLLMEngine([VLLMServer(NEEDS, real.url, timeout=60.0)], model, torch.float32)
+            engine.servers[0].check()
+            assert engine.servers[0].version == "incomplete"
+        else:
+            some = {name: weight for name, weight in weights.items() if "q_proj" in name or "k_proj" in name}
+            with pytest.raises(EngineError, match="update_weights"):
+                engine.servers[0].load_weights({**some, "model.no_such_layer.weight": torch.ones(2)}, 31)
+            engine.recover()
+        engine.load_weights(weights.items(), 31)
+        [[rollout]] = engine.generate([PROMPT], [(1,)], 1, [12], 1.0, [2])
+        np.testing.assert_allclose(rollout.logps, trainer_logps(model, rollout), atol=2e-5)
+        assert real.request("GET", "is_paused") == {"is_paused": False}
+
 
 @needs_vllm
 @pytest.mark.vllm
@@ -511,7 +598,8 @@ def test_a_run_survives_its_servers_death_and_takes_it_along(tmp_path):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_given_server_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
-    """The run is resumed when it is there again. LoRA: the server gets W + delta."""
+    """The run is resumed when it is there again; then it is there again in time, but with the weights of its start.
+    LoRA on two of the three weights that vLLM fuses: the server gets all, with W + delta."""
     out = tmp_path / "run"
     server = serve(tmp_path)
     flags = [
@@ -522,6 +610,9 @@ def test_a_given_server_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
         "20",
         "--lora-rank",
         "8",
+        "--lora-targets",
+        "q_proj",
+        "v_proj",
         "--learning-rate",
         "1e-3",
     ]
@@ -537,12 +628,19 @@ def test_a_given_server_that_dies_ends_the_run_with_a_checkpoint(tmp_path):
     server.launch()
     try:
         server.wait()
-        done = run("grpo.py", *flags, "--resume", timeout=300)
+        process = start("grpo.py", *flags, "--resume", "--vllm-timeout", "180")
+        wait_for_step(process, out, steps[-1] + 2, timeout=120)
+        server.kill()
+        server.launch()
+        output, _ = process.communicate(timeout=300)
+        server.wait()
+        assert server.request("GET", "is_paused") == {"is_paused": False}
     finally:
         server.stop()
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, output
     rows = read_metrics(out)
-    assert f"resuming after step {steps[-1]}" in done.stdout
+    assert f"resuming after step {steps[-1]}" in output
+    assert "it is started again" in output
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 31))
     assert max(row["sampling/sampling_logp_difference/max"] for row in rows if "loss" in row) < 1e-3
 
@@ -564,6 +662,9 @@ def test_a_server_with_another_model_is_refused(tmp_path):
     assert done.returncode == 1
     assert "do not agree on the log-probs" in done.stderr
     assert "does it serve" in done.stderr
+    assert (
+        f"--model {ASSETS / 'model'} --host 127.0.0.1 --port {server.url.rpartition(':')[2]}" in done.stderr
+    )
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
