@@ -1376,21 +1376,23 @@ def plain_copy(args, policy, dtype, device):
 
 @torch.no_grad()
 def whole_weights(policy):
-    """(name, whole tensor) of what training changes in the model itself; with LoRA W + delta. All ranks take
-    part."""
+    """(name, whole tensor) of all weights of the model itself; with LoRA W + delta. All ranks take part.
+
+    All, as vLLM fuses some: it cannot load q_proj without k_proj.
+    """
     model = unwrap(policy)
-    if model is policy:
-        yield from ((name, full(weight)) for name, weight in model.named_parameters())
-        return
-    for name, module in model.named_modules():
-        if "default" in getattr(module, "lora_A", ()):
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        owner, is_base, kind = name.rpartition(".base_layer.")
+        weight, module = full(weight), model.get_submodule(owner) if is_base else None
+        if is_base and kind == "weight" and "default" in module.lora_A:
             down, up = (full(side["default"].weight) for side in (module.lora_A, module.lora_B))
-            delta = module.scaling["default"] * (up.float() @ down.float())
-            yield f"{name}.weight", full(module.base_layer.weight) + delta
-        elif "default" in getattr(module, "lora_embedding_A", ()):
+            weight = weight + module.scaling["default"] * (up.float() @ down.float())
+        elif is_base and kind == "weight" and "default" in module.lora_embedding_A:
             down, up = (full(side["default"]) for side in (module.lora_embedding_A, module.lora_embedding_B))
-            delta = module.scaling["default"] * (up.float() @ down.float()).T
-            yield f"{name}.weight", full(module.base_layer.weight) + delta
+            weight = weight + module.scaling["default"] * (up.float() @ down.float()).T
+        yield f"{owner}.{kind}" if is_base else name, weight
 
 
 def find_servers(args, device, dtype, max_length, output_dir):
@@ -1433,10 +1435,14 @@ def check_engine(args, engine, model, row, stop_ids, device):
     groups, problem = try_engine(engine.generate, *asked)
     if any_rank(problem):
         raise problem or UserError("the engine of another rank failed")
-    check_log_probs(args, groups[0], model, device)
+    remedy = "try --engine vllm"
+    if args.engine == "vllm":
+        server = engine.servers[0]
+        remedy = f"does it serve {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
+    check_log_probs(args, groups[0], model, device, remedy)
 
 
-def check_log_probs(args, rollouts, model, device):
+def check_log_probs(args, rollouts, model, device, remedy):
     """UserError where the trainer gives other log-probs than the engine to what that sampled, with the
     trainer's own weights. All ranks take part."""
     theirs, ours = [], []
@@ -1452,12 +1458,11 @@ def check_log_probs(args, rollouts, model, device):
     difference = np.abs(np.subtract(ours, theirs)).mean()
     bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
     if any_rank(not difference <= bound):
-        remedy = f"does it serve {base_model(args)}?" if args.engine == "vllm" else "try --engine vllm"
         raise UserError(
-            f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens: "
-            f"{remedy} They are {difference:.4f} apart on average, at most {bound} is rounding\n"
+            f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens. "
+            f"They are {difference:.4f} apart on average, at most {bound} is rounding\n"
             f"engine   {' '.join(f'{logp:.4f}' for logp in theirs[:12])}\n"
-            f"trainer  {' '.join(f'{logp:.4f}' for logp in ours[:12])}"
+            f"trainer  {' '.join(f'{logp:.4f}' for logp in ours[:12])}\n{remedy}"
         )
 
 
@@ -2472,7 +2477,7 @@ def main(args):
                 return
             if attempts_left:
                 bar.write(f"step {step}: {problem}; the server is started again")
-                is_lost = bool(servers)
+                is_lost, unchecked = bool(servers), max(1, unchecked)
         stop_here(problem or "the engine of another rank failed")
 
     def wait_for(step, ready):
@@ -2544,7 +2549,8 @@ def main(args):
         ages = Counter(step - version for s in kept for version in s.versions)
         assert all(0 <= age <= args.max_staleness for age in ages), f"step {step} has tokens of ages {ages}"
         if step == progress["step"] == 0:
-            check_log_probs(args, [s for s in kept if s.logps][:8], unwrap(policy), device)
+            some = [s for s in kept if s.logps][:8]
+            check_log_probs(args, some, unwrap(policy), device, "try --engine vllm")
         plan = plan_samples(kept, world_size, args.micro_batch_tokens, packing)
         if reference is not None:
             with adapter(policy, reference):

@@ -2983,6 +2983,12 @@ def versions_of(choices):
     return {span["version"] for choice in choices for span in choice["weight_versions"]}
 
 
+def is_spoilt(choices):
+    """Whether some were aborted, or sampled by weights that no trainer has completed."""
+    is_aborted = any(choice["finish_reason"] not in ("stop", "length") for choice in choices)
+    return is_aborted or not all(version.isdecimal() for version in versions_of(choices))
+
+
 class VLLMEngine:
     """Generation by vLLM servers: token ids in, token ids and log-probs out. As HFEngine, over HTTP."""
 
@@ -3037,8 +3043,8 @@ class VLLMEngine:
                     kind, problem = f"{answer.status_code}", f"{answer.status_code}: {answer.text[:500]}"
                     if answer.status_code == 200:
                         choices = answer.json()["choices"]
-                        kind = problem = "none of a trainer's weights"
-                        if not (self.in_flight and "default" in versions_of(choices)):
+                        kind = problem = "it lost the trainer's weights meanwhile"
+                        if not (self.in_flight and is_spoilt(choices)):
                             return [self.read(server, body["token_ids"], choice) for choice in choices]
                     elif answer.status_code < 500:
                         raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
@@ -3062,7 +3068,7 @@ class VLLMEngine:
         logps = [token["logprob"] for token in choice["logprobs"]["content"]]
         versions = []
         for span in choice["weight_versions"]:
-            version = -1 if span["version"] == "default" else int(span["version"])
+            version = int(span["version"]) if span["version"].isdecimal() else -1
             versions += [version] * (span["end"] - span["start"])
         is_finished = choice["finish_reason"] == "stop"
         return Rollout(prompt_ids, choice["token_ids"], logps, is_finished, versions=versions)

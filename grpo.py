@@ -1427,10 +1427,14 @@ def check_engine(args, engine, model, row, stop_ids, device):
     groups, problem = try_engine(engine.generate, *asked)
     if any_rank(problem):
         raise problem or UserError("the engine of another rank failed")
-    check_log_probs(args, groups[0], model, device)
+    remedy = "try --engine vllm"
+    if args.engine == "vllm":
+        server = engine.servers[0]
+        remedy = f"does it serve {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
+    check_log_probs(args, groups[0], model, device, remedy)
 
 
-def check_log_probs(args, rollouts, model, device):
+def check_log_probs(args, rollouts, model, device, remedy):
     """UserError where the trainer gives other log-probs than the engine to what that sampled, with the
     trainer's own weights. All ranks take part."""
     theirs, ours = [], []
@@ -1446,10 +1450,6 @@ def check_log_probs(args, rollouts, model, device):
     difference = np.abs(np.subtract(ours, theirs)).mean()
     bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
     if any_rank(not difference <= bound):
-        remedy = "try --engine vllm"
-        if args.engine == "vllm":
-            server = engine.servers[0]
-            remedy = f"does it serve {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
         raise UserError(
             f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens. "
             f"They are {difference:.4f} apart on average, at most {bound} is rounding\n"

@@ -98,7 +98,7 @@ class Server:
                     self.is_running.clear()
             case "resume":
                 self.is_running.set()
-            case "inference/v1/generate":
+            case "inference/v1/generate" if body:  # empty: is the route there?
                 return self.generate(body["token_ids"], body["sampling_params"])
         return {}
 
