@@ -1385,6 +1385,8 @@ def encode_distillation(
     encoded = {}
     refuse_images(row)
     if use_answer:
+        if row.get("prompt") and row.get("completion") is None:
+            raise UserError("the row has a `prompt` without a `completion`; --lmbda 1 or --seq-kd need none")
         encoded = encode_sft(row, tokenizer, loss_on, max_length, overflow, vocab_size)
         if room is None or encoded["dropped"]:
             return {**encoded, "prompt_ids": []}

@@ -1568,7 +1568,7 @@ class TeacherServer:
             said = tokenizer(render(tokenizer)[0], add_special_tokens=False)["input_ids"]
             other, refused = try_engine(functools.partial(read, messages=PROBE_CHAT))
             if not refused and said != other:  # one without a template refuses
-                return f"the chat templates: {tokenizer.decode(said)!r} and {tokenizer.decode(other)!r}"
+                return f"the chat template: {tokenizer.decode(said)!r} and {tokenizer.decode(other)!r}"
         return ""
 
     def body(self, ids):

@@ -9,7 +9,13 @@ from sync_shared import OWN, OWN_FLAGS, SCRIPTS, flags, pieces, regions
 
 PAIRS = list(combinations(SCRIPTS, 2))
 # Which script holds which marked regions of main. A new script adds its line.
-REGIONS = {"sft.py": ["init"], "dpo.py": ["init"], "reward_model.py": ["init"], "grpo.py": ["init"]}
+REGIONS = {
+    "sft.py": ["init"],
+    "dpo.py": ["init"],
+    "reward_model.py": ["init"],
+    "grpo.py": ["init"],
+    "gkd.py": ["init"],
+}
 
 
 def test_every_script_is_in_the_table_and_holds_its_regions():
