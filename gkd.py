@@ -1636,8 +1636,9 @@ def write_answers(args, engine, data, rows, version, stop_ids, vocab_size):
     keys, limits = [(args.seed, version, int(row)) for row in rows], [args.max_completion_length] * len(rows)
     answers = []
     for (rollout,) in engine.generate(prompts, keys, 1, limits, args.temperature, stop_ids):
-        known = list(itertools.takewhile(lambda id: id < vocab_size, rollout.ids))
-        answers.append(Answer(rollout.prompt_ids, known, rollout.is_finished and known == rollout.ids))
+        unknown = next((place for place, id in enumerate(rollout.ids) if id >= vocab_size), None)
+        is_finished = rollout.is_finished and unknown is None
+        answers.append(Answer(rollout.prompt_ids, rollout.ids[:unknown], is_finished))
     return answers
 
 
