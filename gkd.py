@@ -301,6 +301,32 @@ def inner(a_CV, b_CV):
     return torch.bmm(a_CV[:, None], b_CV[:, :, None]).flatten()
 
 
+class Target(NamedTuple):
+    """What the teacher says at a chunk of positions."""
+
+    logps: torch.Tensor
+    """Log-probs of all tokens, (C, V), or of buckets, (C, B)."""
+    ids_CK: torch.Tensor | None
+    """The tokens that are buckets of their own; None where all are."""
+    label_logps_C1: torch.Tensor
+    best_C: torch.Tensor
+    """The likeliest token."""
+    entropy_C: torch.Tensor
+
+
+def token_loss(logps_CV, probs_CV, labels_C1, target, loss_type, beta):
+    """Loss and divergence of each position, (C,), and the loss's gradient with respect to the student's
+    logits, (C, V)."""
+    match loss_type:
+        case "sampled":
+            return sampled_reverse_kl(logps_CV, probs_CV, labels_C1, target.label_logps_C1)
+        case "jsd" if target.ids_CK is not None:
+            value_C, grad_CV = top_k_divergence(logps_CV, target.logps, target.ids_CK, beta)
+        case "jsd":
+            value_C, grad_CV = divergence(logps_CV, probs_CV, target.logps, beta)
+    return value_C, value_C, grad_CV
+
+
 class TokenStats(NamedTuple):
     """What a forward says of each trained position, (N,) each; None where it was not asked for."""
 
@@ -444,15 +470,33 @@ class HeadInputs(NamedTuple):
     bias_V: torch.Tensor | None
     head: Head
 
+    def target(self, rows, labels_C1, k):
+        """The Target of some positions; with k above 0, of the k likeliest tokens and the rest."""
+        logits_CV = self.hidden_ND.new_empty(len(labels_C1), len(self.weight_VD), dtype=torch.float32)
+        ChunkedLogProbs.logits(self.hidden_ND[rows], *self[1:], logits_CV)
+        logps_CV = logits_CV.log_softmax(-1)
+        about = logps_CV.gather(1, labels_C1), logps_CV.argmax(-1), -inner(logps_CV.exp(), logps_CV)
+        if not 0 < k < logps_CV.shape[1]:
+            return Target(logps_CV, None, *about)
+        top_logps_CK, ids_CK = logps_CV.topk(k)
+        rest_C1 = logps_CV.scatter_(1, ids_CK, -math.inf).logsumexp(1, keepdim=True)
+        return Target(torch.cat([top_logps_CK, rest_C1.clamp(math.log(LEAST_REST))], 1), ids_CK, *about)
+
 
 class Scores(NamedTuple):
     """What a server says of each trained position."""
 
-    ids_NK: torch.Tensor
-    """The teacher's likeliest tokens, in order."""
     logps_NB: torch.Tensor
-    """Their log-probs, and that of all others together."""
+    """Log-probs of its likeliest tokens, and of all others together."""
+    ids_NK: torch.Tensor
+    """These tokens, in order."""
     label_logps_N: torch.Tensor
+
+    def target(self, rows, labels_C1, k):
+        """As HeadInputs.target. k is the server's; the entropy is the buckets'."""
+        logps_CB, ids_CK = self.logps_NB[rows], self.ids_NK[rows]
+        entropy_C = -inner(logps_CB.exp(), logps_CB)
+        return Target(logps_CB, ids_CK, self.label_logps_N[rows, None], ids_CK[:, 0], entropy_C)
 
 
 class DivergenceStats(NamedTuple):
@@ -467,15 +511,15 @@ class DivergenceStats(NamedTuple):
 
 
 class ChunkedDivergence(torch.autograd.Function):
-    """The loss between student and teacher, summed over positions, without holding logits (N, V) of either.
+    """DivergenceStats of student and teacher, without holding logits (N, V) of either.
 
-    A chunk of positions at a time, both models' logits are made from hidden states, and the gradient with
-    respect to the student's at once: the loss is a sum, so the backward only scales what the forward has
-    found, and nothing is computed twice. Softmax and divergence are float32; weight gradients accumulate in
-    float32. teacher: HeadInputs or Scores. mode: loss type, beta and k.
+    A chunk of positions at a time, both models' logits are made from hidden states, and at once the loss's
+    gradient with respect to the student's: the loss is a sum, so that the backward only scales what the
+    forward has found, and nothing is computed twice. Softmax and divergence are float32; weight gradients
+    accumulate in float32. teacher: HeadInputs or Scores. mode: loss type, beta and k.
     """
 
-    CHUNK_ELEMENTS = 2**22, 2**26  # of about ten matrices that are held at a time: on CPU 16, on CUDA 256 MiB
+    CHUNK_ELEMENTS = 2**22, 2**25  # of each of about ten matrices: on CPU 16 MiB, on CUDA 128
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, bias_V, labels_N, head, teacher, mode):
@@ -483,33 +527,24 @@ class ChunkedDivergence(torch.autograd.Function):
         grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=torch.float32) if want_bias else None
-        loss, n = hidden_ND.new_zeros((), dtype=torch.float32), len(hidden_ND)
-        stats_4N = hidden_ND.new_empty(4, n, dtype=torch.float32)
+        n, (loss_type, beta, k) = len(hidden_ND), mode
+        loss, stats_4N = torch.zeros((), device=hidden_ND.device), hidden_ND.new_empty(4, n).float()
         size = max(1, ChunkedDivergence.CHUNK_ELEMENTS[hidden_ND.is_cuda] // len(weight_VD))
         size = -(-n // -(-n // size)) if n else 1  # chunks as long as each other
-        own_CV, teacher_CV = (hidden_ND.new_empty(size, len(weight_VD), dtype=torch.float32) for _ in "12")
+        buffer_CV = hidden_ND.new_empty(size, len(weight_VD), dtype=torch.float32)
         for first in range(0, n, size):
             rows = slice(first, min(first + size, n))
-            logits_CV, teacher_logits_CV = own_CV[: rows.stop - first], teacher_CV[: rows.stop - first]
+            labels_C1, logits_CV = labels_N[rows, None], buffer_CV[: rows.stop - first]
             ChunkedLogProbs.logits(hidden_ND[rows], weight_VD, bias_V, head, logits_CV)
             logps_CV = logits_CV.log_softmax(-1)
             probs_CV = logps_CV.exp()
-            if isinstance(teacher, HeadInputs):
-                states, *theirs = teacher
-                ChunkedLogProbs.logits(states[rows], *theirs, teacher_logits_CV)
-                teacher_logps = teacher_logits_CV.log_softmax(-1)
-                teacher_best_C = teacher_logits_CV.argmax(-1)
-            else:
-                teacher_logps = teacher.logps_NB[rows]
-                teacher_best_C = teacher.ids_NK[rows, 0]
-            loss_C, value_C, grad_CV = ChunkedDivergence.compare(
-                logps_CV, probs_CV, labels_N[rows, None], teacher, teacher_logps, rows, mode
-            )
+            target = teacher.target(rows, labels_C1, k)
+            loss_C, value_C, grad_CV = token_loss(logps_CV, probs_CV, labels_C1, target, loss_type, beta)
+            agrees_C = logits_CV.argmax(-1) == target.best_C
             loss += loss_C.sum()
-            stats_4N[0, rows] = value_C
-            stats_4N[1, rows] = -inner(probs_CV, logps_CV)
-            stats_4N[2, rows] = -inner(teacher_logps.exp(), teacher_logps)
-            stats_4N[3, rows] = (logits_CV.argmax(-1) == teacher_best_C).float()
+            stats_4N[:, rows] = torch.stack(
+                [value_C, -inner(probs_CV, logps_CV), target.entropy_C, agrees_C.float()]
+            )
             if not want_hidden:
                 continue
             if head.softcap:
@@ -526,33 +561,9 @@ class ChunkedDivergence(torch.autograd.Function):
                 grad_weight_VD += torch.mm(grad_CV.T, hidden_ND[rows], out_dtype=torch.float32)
             elif want_weight:
                 grad_weight_VD += grad_CV.T @ hidden_ND[rows]
-        ctx.gradients = grad_hidden_ND, grad_weight_VD, grad_bias_V
-        divergence_N, entropy_N, teacher_entropy_N, agrees_N = stats_4N
-        ctx.mark_non_differentiable(divergence_N, entropy_N, teacher_entropy_N, agrees_N)
-        return loss, divergence_N, entropy_N, teacher_entropy_N, agrees_N
-
-    @staticmethod
-    def compare(logps_CV, probs_CV, labels_C1, teacher, teacher_logps, rows, mode):
-        """Loss and divergence of each position of a chunk, (C,), and the loss's gradient."""
-        loss_type, beta, k = mode
-        is_whole = isinstance(teacher, HeadInputs)
-        match loss_type:
-            case "sampled":
-                label_logps_C1 = (
-                    teacher_logps.gather(1, labels_C1) if is_whole else teacher.label_logps_N[rows, None]
-                )
-                return sampled_reverse_kl(logps_CV, probs_CV, labels_C1, label_logps_C1)
-            case "jsd" if not is_whole:
-                value_C, grad_CV = top_k_divergence(logps_CV, teacher_logps, teacher.ids_NK[rows], beta)
-            case "jsd" if 0 < k < logps_CV.shape[1]:
-                top_logps_CK, ids_CK = teacher_logps.topk(k)
-                rest_C1 = teacher_logps.scatter(1, ids_CK, -math.inf).logsumexp(1, keepdim=True)
-                rest_C1.clamp_(min=math.log(LEAST_REST))
-                teacher_logps_CB = torch.cat([top_logps_CK, rest_C1], 1)
-                value_C, grad_CV = top_k_divergence(logps_CV, teacher_logps_CB, ids_CK, beta)
-            case "jsd":
-                value_C, grad_CV = divergence(logps_CV, probs_CV, teacher_logps, beta)
-        return value_C, value_C, grad_CV
+        ctx.gradients, stats = (grad_hidden_ND, grad_weight_VD, grad_bias_V), stats_4N.unbind()
+        ctx.mark_non_differentiable(*stats)
+        return loss, *stats
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
@@ -1514,8 +1525,8 @@ def weights_digest(policy):
 class TeacherServer:
     """A vLLM server with the teacher: token ids in, log-probs out. They are raw, those at temperature 1."""
 
-    def __init__(self, args, max_length):
-        self.k, self.max_length = args.teacher_top_k or 1, max_length
+    def __init__(self, args, max_length, vocab_size):
+        self.k, self.max_length, self.vocab_size = args.teacher_top_k or 1, max_length, vocab_size
         self.server = VLLMServer(self, args.teacher.rstrip("/"), is_owner=False, timeout=args.vllm_timeout)
 
     def shell(self):
@@ -1596,12 +1607,17 @@ class TeacherServer:
         shape = len(places), self.k
         ids_NK = torch.tensor([int(id) for row in ranked for id, _ in row]).long().view(shape)
         logps_NK = torch.tensor([one["logprob"] for row in ranked for _, one in row]).double().view(shape)
+        if len(places) and (most := ids_NK.max()) >= self.vocab_size:
+            raise UserError(
+                f"--teacher-top-k {self.k}: among the likeliest of the teacher is id {most}, of no token; "
+                "lower it"
+            )
         rest_N1 = (1 - logps_NK.exp().sum(1, keepdim=True)).clamp(min=LEAST_REST).log()
-        return Scores(ids_NK, torch.cat([logps_NK, rest_N1], 1).float(), torch.tensor(label_logps_N))
+        return Scores(torch.cat([logps_NK, rest_N1], 1).float(), ids_NK, torch.tensor(label_logps_N))
 
     def stack(self, scores, device):
         """The Scores of the documents of a micro-batch."""
-        none = Scores(torch.zeros(0, self.k).long(), torch.zeros(0, self.k + 1), torch.zeros(0))
+        none = Scores(torch.zeros(0, self.k + 1), torch.zeros(0, self.k).long(), torch.zeros(0))
         return Scores(*(torch.cat(parts).to(device) for parts in zip(none, *scores, strict=True)))
 
 
@@ -1656,11 +1672,11 @@ def eos_ids(model):
     return {*(eos if isinstance(eos, list) else [eos])} - {None}
 
 
-def teacher_answers(args, make_engine, weights, prompts, output_dir, stop_ids, vocab_size, caught_signals):
+def teacher_answers(args, make_engine, source, prompts, output_dir, stop_ids, vocab_size, caught_signals):
     """The teacher's sample to every prompt -> [Answer, ...]; None if stopped by a signal. They are drawn
     once: kept in --output-dir, in a file named after all that they depend on, and continued where it ends.
-    weights: says which teacher it is, and which data. make_engine: called where answers are missing."""
-    key = weights, args.seed, args.temperature, args.max_completion_length, stop_ids, args.engine
+    make_engine: called where answers are missing. source: says which teacher it is, and which data."""
+    key = source, args.seed, args.temperature, args.max_completion_length, stop_ids, args.engine
     path = output_dir / f"teacher-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.jsonl"
     answers = [None]
     if dist.get_rank() == 0:
@@ -1847,7 +1863,7 @@ def main(args):
     stop_ids = {tokenizer.eos_token_id, *data.unique("stop_id")} - {None, -1}  # what ends a sample
     on_base, teacher, server, their_answers = shared_adapter(args), None, None, None
     if is_server(args):
-        server = TeacherServer(args, max_length)
+        server = TeacherServer(args, max_length, vocab_size)
         server.check()
         check_same_tokens(args, server.difference(tokenizer))
     elif on_base is None or args.seq_kd:
@@ -1855,12 +1871,17 @@ def main(args):
         stop_ids |= eos_ids(teacher)
     prompts = data.with_format(None, ["prompt_ids"])
     if args.seq_kd:
-        weights = args.teacher if server else weights_digest(teacher), data_digest
-        make_engine = functools.partial(
-            teacher_engine, args, server or teacher, max_length, output_dir, device, dtype
+        weights = args.teacher if server else weights_digest(teacher)
+        their_answers = teacher_answers(
+            args,
+            functools.partial(teacher_engine, args, server or teacher, max_length, output_dir, device, dtype),
+            (weights, data_digest),
+            prompts,
+            output_dir,
+            sorted(stop_ids),
+            vocab_size,
+            caught_signals,
         )
-        asked = prompts, output_dir, sorted(stop_ids), vocab_size, caught_signals
-        their_answers = teacher_answers(args, make_engine, weights, *asked)
         if their_answers is None:
             dist.destroy_process_group()
             return

@@ -238,7 +238,7 @@ def test_scores_of_a_server_train_as_the_model_does(mode):
     top_logps, ids = teacher_logps.topk(k)
     rest = (1 - top_logps.exp().sum(1, keepdim=True)).log()
     label_logps = teacher_logps.gather(1, labels[:, None])[:, 0]
-    scores = Scores(ids, torch.cat([top_logps, rest], 1).float(), label_logps.float())
+    scores = Scores(torch.cat([top_logps, rest], 1).float(), ids, label_logps.float())
     results = []
     for given in (states, scores):
         ours = [tensor.float().requires_grad_() for tensor in student[:2]]
@@ -499,6 +499,30 @@ def test_the_first_loss_is_the_models_divergence_on_data_and_on_samples(tmp_path
     assert found["completions/mean_length"] == pytest.approx(np.mean([sum(mask) for _, mask in on]), abs=0.2)
 
 
+def test_where_trls_trainer_is_not_followed():
+    """It gives the loss no temperature, and divides that of samples by the tokens of the data that they replaced, which
+    transformers counted before. (Nor does it multiply by the ranks, over which gradients are then averaged.)"""
+    models, ids = both_models(), np.random.default_rng(0).integers(3, 500, 20)
+    mask = np.arange(20) >= 8  # a sample of 12 tokens, where the data had 3
+    labels = np.where(mask, ids, -100)
+    inputs = {name: torch.tensor(value)[None] for name, value in (("input_ids", ids), ("labels", labels))}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    trainer = SimpleNamespace(
+        teacher_model=models[1],
+        beta=0.5,
+        temperature=0.8,
+        generalized_jsd_loss=GKDTrainer.generalized_jsd_loss,
+    )
+    with torch.no_grad():
+        theirs = [
+            GKDTrainer.compute_loss(trainer, models[0], inputs, num_items_in_batch=n).item() for n in (12, 3)
+        ]
+    warm, cool = (naive_loss(*models, [(ids, mask)], 0.5, temperature) for temperature in (1.0, 0.8))
+    assert theirs[0] == pytest.approx(warm, rel=1e-4)
+    assert theirs[1] == pytest.approx(4 * warm, rel=1e-4)
+    assert abs(cool / warm - 1) > 0.01
+
+
 MODES = {
     "off policy": {"lmbda": 0.0, "beta": 0.0},
     "on policy": {"lmbda": 1.0, "beta": 1.0, "temperature": 0.9},
@@ -646,7 +670,7 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
             assert_same_curve(served, local, rtol=2e-2)
 
         tokenizer = load_tokenizer(TEACHER)
-        server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511)
+        server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
         server.check()
         assert server.difference(tokenizer) == ""
         other = load_tokenizer(str(copy_of(tmp_path, change=swap_two_ids)))
@@ -659,7 +683,7 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
             (8, 512, r"its --max-model-len, 512, must be above --max-length, which is 512"),
         ):
             with pytest.raises(UserError, match=message):
-                gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=k), longest).check()
+                gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=k), longest, 512).check()
 
         rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:32]
         (tmp_path / "rows.jsonl").write_text("".join(rows))

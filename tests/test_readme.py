@@ -74,7 +74,7 @@ def test_the_teachers_server_is_started_as_gkd_says():
     shown = re.search(r"^    (python -m vllm.*?)\n\n", README, re.S | re.M)[1]
     args = gkd.Args(teacher="http://HOST:8001", teacher_top_k=20)
     words = [word for word in shlex.split(shown) if word != "\n"]
-    expected = shlex.split(gkd.TeacherServer(args, 2047).shell())
+    expected = shlex.split(gkd.TeacherServer(args, 2047, 512).shell())
     swapped = {"TEACHER": "Qwen/Qwen3-32B", "127.0.0.1": "0.0.0.0", "8000": "8001"}
     assert words == [swapped.get(word, word) for word in expected]
 
