@@ -1911,7 +1911,6 @@ def main(args):
     packable = "alone" not in [self_check(each, device, dtype) for each in models]
     if isinstance(teacher, torch.nn.Module):
         teacher.eval()
-    engine_check = None
     if args.lmbda:
         row = {"input_ids": prompts[rank % len(data)]["prompt_ids"]}
         engine_check = functools.partial(check_engine, args, engine, model, row, stop_ids, device)

@@ -18,10 +18,19 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from trl.experimental.gkd import GKDTrainer
 
 import gkd
-from common import ServerNeeds, UserError, VLLMServer, collate, encode_distillation, load_tokenizer
+from common import (
+    EngineError,
+    ServerNeeds,
+    UserError,
+    VLLMServer,
+    collate,
+    encode_distillation,
+    load_tokenizer,
+)
 from gkd import ChunkedDivergence, Head, HeadInputs, Scores
 
 TEACHER = str(ASSETS / "teacher")
+URL = "http://127.0.0.1:9"  # where nobody listens
 BETAS = [0, 0.1, 0.5, 1]
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: see the README's first lines")
 
@@ -645,7 +654,77 @@ def test_the_teachers_samples_are_drawn_once(tmp_path, monkeypatch):
         train(tmp_path / "other", **flags, seed=1)
 
 
+def test_a_signal_while_the_teacher_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gkd, "catch_signals", lambda: [15])
+    gkd.main(replace(gkd.Args(output_dir=str(tmp_path), seq_kd=True), eval_dataset=(), max_steps=1))
+    assert "stopped by a signal; to go on, give the same flags with --output-dir" in capsys.readouterr().out
+    assert not (tmp_path / "args.json").exists()
+
+
 # ---- A teacher that is a server --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """A server in this process that answers as vLLM does, with the embedded teacher. `calls` are the requests; from
+    `fails_at` on, they fail."""
+    model, state = both_models()[1], SimpleNamespace(calls=0, fails_at=math.inf)
+
+    @torch.no_grad()
+    async def answer(client, server, body):
+        state.calls += 1
+        if state.calls >= state.fails_at:
+            raise EngineError("the vLLM server does not generate")
+        ids, k = body["token_ids"], body["sampling_params"]["prompt_logprobs"]
+        said = [None]
+        for logps, label in zip(model(torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:], strict=False):
+            order = logps.argsort(descending=True).tolist()
+            ranks = {token: rank for rank, token in enumerate(order, 1) if rank <= k or token == label}
+            row = {
+                str(token): {"logprob": logps[token].item(), "rank": rank} for token, rank in ranks.items()
+            }
+            said.append(
+                dict(sorted(row.items(), key=lambda item: item[0] != str(label)))
+            )  # the label comes first
+        return {"prompt_logprobs": said}
+
+    monkeypatch.setattr(gkd, "ask_server", answer)
+    monkeypatch.setattr(gkd.TeacherServer, "check", lambda self: None)
+    monkeypatch.setattr(gkd.TeacherServer, "difference", lambda self, tokenizer: "")
+    return state
+
+
+SERVED = {
+    "top k": {"teacher_top_k": 8},
+    "reverse": {"teacher_top_k": 8, "beta": 1.0, "micro_batch_tokens": 120},
+    "sampled": {"loss_type": "sampled", "lmbda": 1.0},
+}
+
+
+def assert_teaches_as_the_local_teacher(tmp_path, url, name, rtol):
+    flags = {"max_length": 100, **SERVED[name]}
+    local = train(tmp_path / f"{name} local", **flags)
+    served = train(tmp_path / f"{name} served", teacher=url, **flags)
+    for row in (*local, *served):
+        row.pop("teacher_entropy")  # of the buckets only, by the server
+    assert_same_curve(served, local, rtol)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, scripted, name):
+    assert_teaches_as_the_local_teacher(tmp_path, URL, name, rtol=1e-2)
+    assert scripted.calls == 48, "a request for each document"
+
+
+def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, scripted):
+    flags = {"teacher": URL, "teacher_top_k": 4, "max_steps": 5}
+    straight, scripted.calls = train(tmp_path / "straight", **flags), 0
+    scripted.fails_at = 16 * 3
+    with pytest.raises(UserError, match=r"does not generate\nStopped after step 2, which is saved"):
+        train(tmp_path / "run", **flags)
+    gkd.dist.destroy_process_group()
+    scripted.fails_at = math.inf
+    assert train(tmp_path / "run", resume=True, **flags) == straight
 
 
 @needs_vllm
@@ -658,17 +737,8 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
     try:
         running.wait()
         url = {"teacher": running.url, "max_length": 100}
-        for name, flags in (
-            ("top k", {"teacher_top_k": 8}),
-            ("reverse", {"teacher_top_k": 8, "beta": 1.0, "micro_batch_tokens": 120}),
-            ("sampled", {"loss_type": "sampled", "lmbda": 1.0}),
-        ):
-            local = train(tmp_path / f"{name} local", **{**url, "teacher": TEACHER}, **flags)
-            served = train(tmp_path / f"{name} served", **url, **flags)
-            for row in (*local, *served):
-                row.pop("teacher_entropy")  # of the buckets only, by the server
-            assert_same_curve(served, local, rtol=2e-2)
-
+        for name in SERVED:
+            assert_teaches_as_the_local_teacher(tmp_path, running.url, name, rtol=2e-2)
         tokenizer = load_tokenizer(TEACHER)
         server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
         server.check()
@@ -728,7 +798,6 @@ def test_resume_is_exact(tmp_path, flags):
 
 # ---- Bad input -------------------------------------------------------------------------------------------------------
 
-URL = "http://127.0.0.1:9"
 BAD_FLAGS = {
     "beta": ({"beta": 1.5}, "--beta is 1.5; it must be from 0 to 1"),
     "lmbda": ({"lmbda": -0.1}, "--lmbda is -0.1; it must be from 0 to 1"),
