@@ -248,38 +248,37 @@ def lr_factor(step, total_steps, warmup_steps, schedule):
             return min(1.0, 5 * left)
 
 
-def divergence(logps, probs, teacher_logps, beta):
+def divergence(logps, probs, teacher_logps, teacher_probs, beta):
     """From the student to the teacher, over the last dimension -> its value, and its gradient with respect to
-    the student's logits. probs: exp(logps)."""
+    the student's logits. probs: exp(logps), for both."""
     match beta:
         case 0:  # KL(teacher || student)
-            teacher_probs = teacher_logps.exp()
             return inner(teacher_probs, teacher_logps - logps), probs - teacher_probs
         case 1:  # KL(student || teacher)
             ratio = logps - teacher_logps
             value = inner(probs, ratio)
-            return value, probs * (ratio - value[:, None])
-    teacher_probs = teacher_logps.exp()
-    mixture = (1 - beta) * probs + beta * teacher_probs  # arXiv:2306.13649 eq. 2, by TRL's sides of beta
+            return value, ratio.sub_(value[:, None]).mul_(probs)
+    mixture = torch.lerp(probs, teacher_probs, beta)  # arXiv:2306.13649 eq. 1, with TRL's sides of beta
     mixture_logps = mixture.clamp_(min=torch.finfo(mixture.dtype).tiny).log_()
     ratio = logps - mixture_logps
-    student_kl = inner(probs, ratio)
-    value = beta * inner(teacher_probs, teacher_logps - mixture_logps) + (1 - beta) * student_kl
-    return value, (1 - beta) * probs * (ratio - student_kl[:, None])
+    student_kl, teacher_kl = inner(probs, ratio), inner(teacher_probs, teacher_logps - mixture_logps)
+    value = beta * teacher_kl + (1 - beta) * student_kl
+    return value, ratio.sub_(student_kl[:, None]).mul_(probs).mul_(1 - beta)
 
 
-def top_k_divergence(logps_CV, teacher_logps_CB, ids_CK, beta):
+def top_k_divergence(logps_CV, teacher_logps_CB, teacher_probs_CB, ids_CK, beta):
     """The same between the teacher's likeliest tokens, ids_CK, with all others as one bucket, the last of
     teacher_logps_CB. B = K: there are no others."""
-    if teacher_logps_CB.shape[1] == ids_CK.shape[1]:
+    if teacher_logps_CB.shape == ids_CK.shape:
         logps_CK = logps_CV.gather(1, ids_CK)
-        value_C, grad_CK = divergence(logps_CK, logps_CK.exp(), teacher_logps_CB, beta)
+        value_C, grad_CK = divergence(logps_CK, logps_CK.exp(), teacher_logps_CB, teacher_probs_CB, beta)
         return value_C, torch.zeros_like(logps_CV).scatter_(1, ids_CK, grad_CK)
     rest_CV = logps_CV.scatter(1, ids_CK, -math.inf)
     rest_C1 = rest_CV.logsumexp(1, keepdim=True)
     logps_CB = torch.cat([logps_CV.gather(1, ids_CK), rest_C1], 1)
-    value_C, grad_CB = divergence(logps_CB, logps_CB.exp(), teacher_logps_CB, beta)
-    grad_CV = (rest_CV - rest_C1).exp_() * grad_CB[:, -1:]  # a bucket's gradient goes to its tokens by share
+    value_C, grad_CB = divergence(logps_CB, logps_CB.exp(), teacher_logps_CB, teacher_probs_CB, beta)
+    # A bucket's gradient goes to its tokens by their shares of it.
+    grad_CV = rest_CV.sub_(rest_C1).exp_().mul_(grad_CB[:, -1:])
     return value_C, grad_CV.scatter_(1, ids_CK, grad_CB[:, :-1])
 
 
@@ -306,6 +305,8 @@ class Target(NamedTuple):
 
     logps: torch.Tensor
     """Log-probs of all tokens, (C, V), or of buckets, (C, B)."""
+    probs: torch.Tensor
+    """Their exponentials."""
     ids_CK: torch.Tensor | None
     """The tokens that are buckets of their own; None where all are."""
     label_logps_C1: torch.Tensor
@@ -321,9 +322,9 @@ def token_loss(logps_CV, probs_CV, labels_C1, target, loss_type, beta):
         case "sampled":
             return sampled_reverse_kl(logps_CV, probs_CV, labels_C1, target.label_logps_C1)
         case "jsd" if target.ids_CK is not None:
-            value_C, grad_CV = top_k_divergence(logps_CV, target.logps, target.ids_CK, beta)
+            value_C, grad_CV = top_k_divergence(logps_CV, target.logps, target.probs, target.ids_CK, beta)
         case "jsd":
-            value_C, grad_CV = divergence(logps_CV, probs_CV, target.logps, beta)
+            value_C, grad_CV = divergence(logps_CV, probs_CV, target.logps, target.probs, beta)
     return value_C, value_C, grad_CV
 
 
@@ -475,12 +476,14 @@ class HeadInputs(NamedTuple):
         logits_CV = self.hidden_ND.new_empty(len(labels_C1), len(self.weight_VD), dtype=torch.float32)
         ChunkedLogProbs.logits(self.hidden_ND[rows], *self[1:], logits_CV)
         logps_CV = logits_CV.log_softmax(-1)
-        about = logps_CV.gather(1, labels_C1), logps_CV.argmax(-1), -inner(logps_CV.exp(), logps_CV)
+        probs_CV = logps_CV.exp()
+        about = logps_CV.gather(1, labels_C1), logps_CV.argmax(-1), -inner(probs_CV, logps_CV)
         if not 0 < k < logps_CV.shape[1]:
-            return Target(logps_CV, None, *about)
+            return Target(logps_CV, probs_CV, None, *about)
         top_logps_CK, ids_CK = logps_CV.topk(k)
         rest_C1 = logps_CV.scatter_(1, ids_CK, -math.inf).logsumexp(1, keepdim=True)
-        return Target(torch.cat([top_logps_CK, rest_C1.clamp(math.log(LEAST_REST))], 1), ids_CK, *about)
+        logps_CB = torch.cat([top_logps_CK, rest_C1.clamp(math.log(LEAST_REST))], 1)
+        return Target(logps_CB, logps_CB.exp(), ids_CK, *about)
 
 
 class Scores(NamedTuple):
@@ -495,8 +498,9 @@ class Scores(NamedTuple):
     def target(self, rows, labels_C1, k):
         """As HeadInputs.target. k is the server's; the entropy is the buckets'."""
         logps_CB, ids_CK = self.logps_NB[rows], self.ids_NK[rows]
-        entropy_C = -inner(logps_CB.exp(), logps_CB)
-        return Target(logps_CB, ids_CK, self.label_logps_N[rows, None], ids_CK[:, 0], entropy_C)
+        probs_CB = logps_CB.exp()
+        about = self.label_logps_N[rows, None], ids_CK[:, 0], -inner(probs_CB, logps_CB)
+        return Target(logps_CB, probs_CB, ids_CK, *about)
 
 
 class DivergenceStats(NamedTuple):

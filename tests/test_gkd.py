@@ -65,7 +65,7 @@ def test_the_ends_and_the_middle_by_hand():
     for weight, expected in (
         (0, kl(q, p)), (1, kl(p, q)), (beta, beta * kl(q, mixture) + (1 - beta) * kl(p, mixture)),
     ):  # fmt: skip
-        value, _ = gkd.divergence(logps, logps.exp(), teacher_logps, weight)
+        value, _ = gkd.divergence(logps, logps.exp(), teacher_logps, teacher_logps.exp(), weight)
         assert value.item() == pytest.approx(expected)
 
 
@@ -149,8 +149,9 @@ def test_top_k_of_all_tokens_without_the_rest_is_the_whole(beta):
     torch.manual_seed(0)
     logps, teacher_logps = torch.randn(2, 9, 31, dtype=torch.float64).log_softmax(-1)
     top_logps, ids = teacher_logps.topk(31)
-    found = gkd.top_k_divergence(logps, top_logps, ids, beta)
-    for a, b in zip(found, gkd.divergence(logps, logps.exp(), teacher_logps, beta), strict=True):
+    found = gkd.top_k_divergence(logps, top_logps, top_logps.exp(), ids, beta)
+    whole = gkd.divergence(logps, logps.exp(), teacher_logps, teacher_logps.exp(), beta)
+    for a, b in zip(found, whole, strict=True):
         torch.testing.assert_close(a, b)
 
 
@@ -163,7 +164,8 @@ def test_buckets_never_say_more_than_tokens(beta):
     for k in (1, 3, 10, 30):
         top_logps, ids = teacher_logps.topk(k)
         rest = (1 - top_logps.exp().sum(1, keepdim=True)).log()
-        values.append(gkd.top_k_divergence(logps, torch.cat([top_logps, rest], 1), ids, beta)[0])
+        buckets = torch.cat([top_logps, rest], 1)
+        values.append(gkd.top_k_divergence(logps, buckets, buckets.exp(), ids, beta)[0])
     for less, more in zip(values, [*values[1:], whole], strict=True):
         assert (less <= more + 1e-9).all()
 
