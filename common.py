@@ -1383,6 +1383,61 @@ def encode_prompt(row, tokenizer, max_length=1024, vocab_size=None, tools=None):
     }
 
 
+DISTILLATION_FEATURES = Features(**SFT_FEATURES, prompt_ids=List(Value("int32")))
+
+
+def encode_distillation(
+    row,
+    tokenizer,
+    loss_on="auto",
+    max_length=1024,
+    overflow="drop",
+    vocab_size=None,
+    room=None,
+    use_answer=True,
+):
+    """A row for encode_sft or encode_prompt -> DISTILLATION_FEATURES: encode_sft's, and prompt_ids, what
+    stands before the last answer, for a model to write another.
+
+    room: most tokens of such a prompt; None where nobody writes: prompt_ids are []. use_answer: False where
+    the row's own answer, which it need not have, is not used: input_ids are the prompt's.
+    """
+    encoded = {}
+    refuse_images(row)
+    if use_answer:
+        if row.get("prompt") and row.get("completion") is None:
+            raise UserError("the row has a `prompt` without a `completion`; --lmbda 1 or --seq-kd need none")
+        encoded = encode_sft(row, tokenizer, loss_on, max_length, overflow, vocab_size)
+        if room is None or encoded["dropped"]:
+            return {**encoded, "prompt_ids": []}
+    kind = next((column for column in SFT_KINDS if row.get(column) is not None), None)
+    prompt = row.get("prompt")
+    if kind in ("messages", "conversations"):
+        messages = read_messages(row, kind)
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        prompt = messages[: answers[-1] if answers else None]
+    if kind == "input_ids":
+        ids, mask = check_tokenized(row)
+        trained = np.flatnonzero(np.diff(mask, prepend=0) == 1) if row.get("labels") else [0]
+        ids = ids[: trained[-1] if len(trained) else None]
+        dropped = f"longer than the {room} tokens that are left for a prompt" if len(ids) > room else ""
+    elif prompt:
+        tools = read_json_column(row, "tools", list)
+        arguments = read_json_column(row, "chat_template_kwargs", dict)
+        asked = {"prompt": prompt, "tools": tools, "chat_template_kwargs": arguments}
+        asked = encode_prompt(asked, tokenizer, room, vocab_size)
+        ids, dropped = asked["input_ids"], asked["dropped"]
+    else:
+        ids, dropped = [], ""
+    if not ids:
+        dropped = "without a prompt that could be answered"
+    if not use_answer:
+        used = SFT_KINDS.get("prompt messages" if isinstance(row.get("prompt"), list) else kind, ())
+        encoded = {"input_ids": ids, "loss_mask": [False] * len(ids), "length": len(ids), "num_targets": 0}
+        encoded |= {"stop_id": -1, "unused": unused_columns(row, used)}
+    return {**encoded, "prompt_ids": ids, "dropped": dropped}
+
+
 # ---- Reward functions: (prompts, completions, completion_ids, **columns of the data) -> [float or None] ----
 
 
@@ -3033,29 +3088,13 @@ class VLLMEngine:
             return await asyncio.gather(*requests)
 
     async def ask(self, client, server, body):
-        """-> the Rollouts of one prompt. A server that fails is asked again until the deadline; one that says
-        that the request is wrong is not."""
-        deadline = time.monotonic() + server.timeout
+        """-> the Rollouts of one prompt."""
         try:
-            while True:
-                try:
-                    answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
-                    kind, problem = f"{answer.status_code}", f"{answer.status_code}: {answer.text[:500]}"
-                    if answer.status_code == 200:
-                        choices = answer.json()["choices"]
-                        kind = problem = "it lost the trainer's weights meanwhile"
-                        if not (self.in_flight and is_spoilt(choices)):
-                            return [self.read(server, body["token_ids"], choice) for choice in choices]
-                    elif answer.status_code < 500:
-                        raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
-                except httpx.HTTPError as error:
-                    kind, problem = type(error).__name__, repr(error)
-                if server.is_dead() or time.monotonic() > deadline:
-                    raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")
-                self.retries[kind] += 1
-                await asyncio.sleep(0.5)
+            check = is_spoilt if self.in_flight else None
+            answer = await ask_server(client, server, body, self.retries, check)
         finally:
             self.load[server.url] -= 1
+        return [self.read(server, body["token_ids"], choice) for choice in answer["choices"]]
 
     def read(self, server, prompt_ids, choice):
         """A choice of a server's answer -> Rollout."""
@@ -3099,6 +3138,30 @@ class VLLMEngine:
     def stop(self):
         for server in self.servers:
             server.stop()
+
+
+async def ask_server(client, server, body, retries, is_spoilt=None):
+    """-> the JSON of its answer to a request to generate. A server that fails, or whose choices `is_spoilt`,
+    is asked again until the deadline, which `retries` counts by reason; one that says that the request is
+    wrong is not."""
+    deadline = time.monotonic() + server.timeout
+    while True:
+        try:
+            answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
+            kind, problem = f"{answer.status_code}", f"{answer.status_code}: {answer.text[:500]}"
+            if answer.status_code == 200:
+                found, kind = answer.json(), "lost weights"
+                problem = "it lost the trainer's weights meanwhile"
+                if not (is_spoilt and is_spoilt(found["choices"])):
+                    return found
+            elif answer.status_code < 500:
+                raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
+        except httpx.HTTPError as error:
+            kind, problem = type(error).__name__, repr(error)
+        if server.is_dead() or time.monotonic() > deadline:
+            raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")
+        retries[kind] += 1
+        await asyncio.sleep(0.5)
 
 
 class VLLMExtension:

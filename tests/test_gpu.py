@@ -1,6 +1,7 @@
 """What needs CUDA. Run on a GPU machine with `pytest -m gpu`."""
 
 import json
+import math
 import random
 import shutil
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ASSETS, read_metrics, write_rows
 
+import gkd
 import sft
 from common import collate, varlen_attention
 from sft import ChunkedLogProbs, Head
@@ -106,3 +108,37 @@ def test_log_probs_at_vocabulary_152k_need_less_than_logits():
         logps[part], expected.gather(1, labels[part, None])[:, 0], rtol=1e-3, atol=1e-3
     )
     torch.testing.assert_close(entropy[part], -(expected.exp() * expected).sum(-1), rtol=1e-3, atol=1e-3)
+
+
+def test_divergence_at_vocabulary_152k_needs_less_than_logits():
+    """In bf16, against whole float32 logits on a part of the positions."""
+    n, vocabulary, part = 16384, 152_000, slice(0, 256)
+    hidden = torch.randn(n, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight, teacher_weight = ((torch.randn(vocabulary, 1024, device="cuda") * 0.02).bfloat16() for _ in "12")
+    teacher = gkd.HeadInputs(torch.randn_like(hidden), teacher_weight, None, Head(1, 0, 1))
+    labels = torch.zeros(n, dtype=torch.long, device="cuda")
+    given = hidden, weight.requires_grad_(), None, labels, Head(1, 0, 1), teacher, ("jsd", 0.5, 0)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss, divergence_N, *_ = gkd.ChunkedDivergence.apply(*given)
+    loss.backward()
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    assert peak < 5, f"{peak:.1f} GiB, where float32 logits of one model alone are 9.3"
+    logps, teacher_logps = (
+        (states[part].float() @ head.float().T).log_softmax(-1)
+        for states, head in ((hidden.detach(), weight.detach()), teacher[:2])
+    )
+    mixture_logps = torch.logaddexp(logps, teacher_logps) - math.log(2)
+    kls = [(p.exp() * (p - mixture_logps)).sum(-1) for p in (logps, teacher_logps)]
+    torch.testing.assert_close(divergence_N[part], sum(kls) / 2, rtol=1e-2, atol=1e-3)
+
+
+def test_distillation_in_bf16_follows_float32(tmp_path):
+    """With the teacher in bf16, off policy: samples would part at the first token that rounding changes."""
+    curves = []
+    for dtype in ("float32", "auto"):
+        flags = {"eval_dataset": (), "wandb": "disabled", "max_steps": 8, "lmbda": 0.0, "dtype": dtype}
+        flags |= {"attention": "sdpa" if dtype == "float32" else "varlen"}
+        gkd.main(replace(gkd.Args(output_dir=str(tmp_path / dtype)), **flags))
+        curves.append([row["loss"] for row in read_metrics(tmp_path / dtype)])
+    assert curves[1] == pytest.approx(curves[0], rel=0.05)

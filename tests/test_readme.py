@@ -11,6 +11,7 @@ import pytest
 from conftest import ASSETS, ROOT
 from sync_shared import SCRIPTS
 
+import gkd
 from common import ServerNeeds, VLLMServer
 
 README = (ROOT / "README.md").read_text()
@@ -32,6 +33,7 @@ def test_the_first_two_blocks_set_up_and_run():
 
 STAND_INS = {
     "Qwen/Qwen3-0.6B": str(ASSETS / "model"),
+    "Qwen/Qwen3-4B": str(ASSETS / "teacher"),
     "chats.jsonl": str(ASSETS / "messages.jsonl"),
     "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
     "pairs.jsonl": str(ASSETS / "preferences.jsonl"),
@@ -68,6 +70,15 @@ def test_the_server_is_started_as_the_scripts_would():
     assert words == [word.replace("127.0.0.1", "0.0.0.0") for word in shlex.split(needs.shell())]
 
 
+def test_the_teachers_server_is_started_as_gkd_says():
+    shown = re.search(r"^    (python -m vllm.*?)\n\n", README, re.S | re.M)[1]
+    args = gkd.Args(teacher="http://HOST:8001", teacher_top_k=20)
+    words = [word for word in shlex.split(shown) if word != "\n"]
+    expected = shlex.split(gkd.TeacherServer(args, 2047, 512).shell())
+    swapped = {"TEACHER": "Qwen/Qwen3-32B", "127.0.0.1": "0.0.0.0", "8000": "8001"}
+    assert words == [swapped.get(word, word) for word in expected]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(tmp_path, command):
@@ -75,13 +86,14 @@ def test_command_runs(tmp_path, command):
     (tmp_path / "rewards.py").write_text(
         "def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
     )
-    if "--engine vllm" in command and not find_spec("vllm"):
+    if ("--engine vllm" in command or "http://HOST:" in command) and not find_spec("vllm"):
         pytest.skip("needs vLLM")
-    if "--vllm-url" in command:
-        needs = ServerNeeds(STAND_INS["Qwen/Qwen3-0.6B"], "float32", 2048, "gloo")
+    if "http://HOST:" in command:  # a server of the student's or of the teacher's
+        model = "Qwen/Qwen3-0.6B" if "--vllm-url" in command else "Qwen/Qwen3-4B"
+        needs = ServerNeeds(STAND_INS[model], "float32", 2048, "gloo")
         server = VLLMServer(needs, log_path=tmp_path / "vllm.log")
         try:
-            run(command.replace("http://HOST:8000", server.url), tmp_path)
+            run(re.sub(r"http://HOST:\d+", server.url, command), tmp_path)
         finally:
             server.stop()
     elif "--resume" in command:

@@ -15,6 +15,7 @@ REGIONS = {
     "reward_model.py": ["init"],
     "grpo.py": ["init"],
     "async_grpo.py": ["init"],
+    "gkd.py": ["init"],
 }
 
 

@@ -7,6 +7,7 @@ machine's GEMM peak, the best matrix product seen between the runs. Writes resul
 """
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -28,10 +29,10 @@ HIDDEN, LAYERS, VOCABULARY = 384, 8, 32768
 LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN  # weights of a layer that multiply
 
 
-def make_model(directory):
+def make_model(directory, seed=0):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
@@ -71,9 +72,8 @@ def make_pairs(directory, pairs):
     return layers, heads
 
 
-def train_with_trl(trainer_class, directory, rows, arguments=None, **options):
+def train_with_trl(trainer_class, directory, rows, arguments=None, module="trl", **options):
     """The worker of a TRL run: prints its step times as JSON."""
-    import trl
     from datasets import load_dataset
     from transformers import TrainerCallback
 
@@ -93,6 +93,7 @@ def train_with_trl(trainer_class, directory, rows, arguments=None, **options):
         "save_strategy": "no",
     }
     options |= {"bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    trl = importlib.import_module(module)
     config = getattr(trl, trainer_class.replace("Trainer", "Config"))
     config = config(output_dir=str(directory / "trl"), model_init_kwargs={"dtype": "float32"}, **options)
     data = load_dataset("json", data_files=str(directory / rows), split="train")
@@ -139,19 +140,21 @@ def compare(script, doc, workers, make_rows, flags, unit, steps):
     """The command of a comparison.
 
     workers: system -> what a TRL worker does with a directory. make_rows: (directory, steps) -> units and useful
-    FLOPs of a run. flags: directory -> those of `script`.
+    FLOPs of a run. flags: directory -> those of `script`. Where the script runs in several ways, flags and FLOPs are
+    dicts, system -> the same.
     """
+    ours = flags if isinstance(flags, dict) else {"ours": flags}
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--only", choices=["ours", *workers])
+    parser.add_argument("--only", choices=[*ours, *workers])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         return workers[args.worker](args.directory)
 
-    systems, results, peaks = [args.only] if args.only else [*workers, "ours"], {}, []
+    systems, results, peaks = [args.only] if args.only else [*workers, *ours], {}, []
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
         make_model(directory / "model")
@@ -161,13 +164,13 @@ def compare(script, doc, workers, make_rows, flags, unit, steps):
                 peaks.append(gemm_peak())
                 output = directory / f"{name}-{number}"
                 command = [sys.executable, sys.argv[0], "--worker", name, "--directory", directory]
-                if name == "ours":
+                if name in ours:
                     command = [
                         sys.executable,
                         ROOT / script,
                         "--model",
                         directory / "model",
-                        *flags(directory),
+                        *ours[name](directory),
                     ]
                     command += [
                         "--epochs",
@@ -180,7 +183,8 @@ def compare(script, doc, workers, make_rows, flags, unit, steps):
                     ]
                     command += ["--output-dir", output]
                 seconds, wall, memory = run(command, directory, output)
-                speed, share = units / sum(seconds), flops / sum(seconds) / 1e9
+                useful = flops[name] if isinstance(flops, dict) else flops
+                speed, share = units / sum(seconds), useful / sum(seconds) / 1e9
                 print(f"round {number + 1} {name}: {speed:.3g} {unit}/s, {memory:.0f} MiB, "
                       f"{wall - sum(seconds):.1f} s not in steps, {share:.0f} of {peaks[-1]:.0f} GFLOP/s", flush=True)  # fmt: skip
                 results.setdefault(name, []).append((speed, memory, wall - sum(seconds), share))
