@@ -1728,7 +1728,7 @@ def show_samples(samples, tokenizer):
     return "\n".join(lines)
 
 
-def log_completions(path, step, samples, names, tokenizer):
+def log_samples(path, step, samples, names, tokenizer):
     """Append a step's samples to completions.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
         for s in samples:
@@ -2208,6 +2208,11 @@ class RolloutProcess:
 # ---- Main --------------------------------------------------------------------------------------------------
 
 
+def prompt_number(group):
+    """Which prompt a group of samples answers, for sorting."""
+    return group[0].cursor
+
+
 def check_args(args):
     """This script's own checks of its flags."""
     defaults = type(args)()
@@ -2537,14 +2542,14 @@ def main(args):
         if found is None:
             break
         groups, passed_over, failures, metrics, problem = found
-        drawn = sorted(groups + passed_over, key=lambda group: group[0].cursor)
+        drawn = sorted(groups + passed_over, key=prompt_number)
         samples = [s for group in drawn for s in group]
         check_failures(step + 1, failures, len(samples), args, problem)
         metrics |= rollout_metrics(samples, advantages(rewards_of(drawn), args)[1], args)
         metrics |= {"failed_rewards": sum(failures.values()), "drawn_prompts": len(drawn)}
         if args.zero_variance != "keep":
             groups = list(itertools.compress(groups, have_signal(groups, args)))
-        groups.sort(key=lambda group: group[0].cursor)
+        groups.sort(key=prompt_number)
         kept = [s for group in groups for s in group]
         ages = Counter(step - version for s in kept for version in s.versions)
         assert all(0 <= age <= args.max_staleness for age in ages), f"step {step} has tokens of ages {ages}"
@@ -2569,7 +2574,7 @@ def main(args):
         if rank == 0 and (step == 0 or (args.eval_every and step % args.eval_every == 0)):
             bar.write(show_samples(samples, tokenizer))
         if rank == 0:
-            log_completions(output_dir / "completions.jsonl", step + 1, samples, args.rewards, tokenizer)
+            log_samples(output_dir / "completions.jsonl", step + 1, samples, args.rewards, tokenizer)
 
         # ---- This step's samples ----
         train_began, samples = time.perf_counter(), samples_of_step

@@ -3082,10 +3082,13 @@ class VLLMEngine:
                 seed = int(np.random.default_rng(key).integers(2**62))  # vLLM adds 1 for each further sample
                 body = {"token_ids": ids, "sampling_params": {**shared, "max_tokens": length, "seed": seed}}
                 body |= {"cache_salt": f"version {self.version}"} if self.keep_kv else {}
-                server = min(self.servers, key=lambda server: self.load[server.url])
+                server = self.least_busy()
                 self.load[server.url] += 1
                 requests.append(self.ask(client, server, body))
             return await asyncio.gather(*requests)
+
+    def least_busy(self):
+        return min(self.servers, key=lambda server: self.load[server.url])
 
     async def ask(self, client, server, body):
         """-> the Rollouts of one prompt."""

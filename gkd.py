@@ -42,6 +42,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta
@@ -59,6 +60,7 @@ import torch.distributed.checkpoint as dcp
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -1372,6 +1374,30 @@ def check_engine(args, engine, model, row, stop_ids, device):
     check_log_probs(args, groups[0], model, device, remedy)
 
 
+def check_log_probs(args, rollouts, model, device, remedy):
+    """UserError where the trainer gives other log-probs than the engine to what that sampled, with the
+    trainer's own weights. All ranks take part."""
+    theirs, ours = [], []
+    model.eval()  # without LoRA's dropout
+    for rollout in rollouts:
+        ids, mask = rollout.prompt_ids + rollout.ids, rollout.mask or [True] * len(rollout.ids)
+        document = np.array(ids), np.array([False] * len(rollout.prompt_ids) + mask)
+        with torch.no_grad():
+            stats = model.token_stats(collate([document], device), args.temperature)
+        ours += stats.logps_N.tolist()
+        theirs += rollout.logps
+    model.train()
+    difference = np.abs(np.subtract(ours, theirs)).mean()
+    bound = 0.01 if compute_dtype(args, device) == torch.float32 else 0.1
+    if any_rank(not difference <= bound):
+        raise UserError(
+            f"the {args.engine} engine and the trainer do not agree on the log-probs of the same tokens. "
+            f"They are {difference:.4f} apart on average, at most {bound} is rounding\n"
+            f"engine   {' '.join(f'{logp:.4f}' for logp in theirs[:12])}\n"
+            f"trainer  {' '.join(f'{logp:.4f}' for logp in ours[:12])}\n{remedy}"
+        )
+
+
 def gather_lists(mine):
     """The lists of all ranks, interleaved as range(n)[rank::world_size] takes them apart."""
     gathered = [None] * dist.get_world_size()
@@ -1727,15 +1753,13 @@ def teacher_engine(args, teacher, max_length, output_dir, device, dtype):
     return engine
 
 
-def log_completions(path, step, samples, names, tokenizer):
+def log_completions(path, step, answers, tokenizer):
     """Append a step's samples to completions.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
-        for s in samples:
-            row = {"step": step, "version": min(s.versions, default=None)}
-            row |= {"prompt": tokenizer.decode(s.prompt_ids), "completion": s.text}
-            row |= {"rewards": dict(zip(names, map(finite, s.rewards), strict=True))}
-            row |= {"advantage": finite(s.advantage)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for answer in answers:
+            row = {"step": step, "prompt": tokenizer.decode(answer.prompt_ids)}
+            row |= {"completion": tokenizer.decode(answer.ids, skip_special_tokens=True)}
+            file.write(json.dumps({**row, "is_finished": answer.is_finished}, ensure_ascii=False) + "\n")
 
 
 # ---- Held-out data, as in sft.py ---------------------------------------------------------------------------

@@ -1720,7 +1720,7 @@ def show_samples(samples, tokenizer):
     return "\n".join(lines)
 
 
-def log_completions(path, step, samples, names, tokenizer):
+def log_samples(path, step, samples, names, tokenizer):
     """Append a step's samples to completions.jsonl."""
     with open(path, "a", encoding="utf-8") as file:
         for s in samples:
@@ -2084,7 +2084,7 @@ def main(args):
             if rank == 0 and is_due:
                 bar.write(show_samples(samples, tokenizer))
             if rank == 0:
-                log_completions(output_dir / "completions.jsonl", step + 1, samples, args.rewards, tokenizer)
+                log_samples(output_dir / "completions.jsonl", step + 1, samples, args.rewards, tokenizer)
 
         # ---- This step's samples: whole groups, in a new order in each pass ----
         train_began = time.perf_counter()
