@@ -195,8 +195,12 @@ def test_loss_and_gradient_equal_trls(trl_batch, flags):
         {"loss_type": ("sigmoid",)},
         {"loss_type": ("ipo",)},
         {"loss_type": ("sigmoid", "bco_pair"), "loss_weights": (1.0, 0.5)},
+        {"loss_type": ("aot_unpaired", "sft"), "loss_weights": (1.0, 0.5)},  # by way of main's two passes
+        {"loss_type": ("sigmoid",), "sync_ref_model": True, "ref_model_sync_steps": 2},
     ],
-    ids=lambda flags: "-".join(flags["loss_type"]),
+    ids=lambda flags: "-".join(
+        [*flags["loss_type"], *("moving" for name in flags if name == "sync_ref_model")]
+    ),
 )
 def test_several_steps_equal_trls(tmp_path, flags):
     """The whole DPOTrainer on plain text, four steps of all pairs: loss, gradient norm and all metrics of one name."""
@@ -207,8 +211,9 @@ def test_several_steps_equal_trls(tmp_path, flags):
     for row in QUESTIONS[:12]:
         prompt, chosen, rejected = (row[name][0]["content"] for name in ("prompt", "chosen", "rejected"))
         rows.append({"prompt": prompt + " ", "chosen": chosen, "rejected": rejected * rng.randint(1, 3)})
+    moving = {name: value for name, value in flags.items() if "ref_model" in name}
     config = DPOConfig(
-        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=12,
+        **moving, output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=12,
         num_train_epochs=4, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, max_grad_norm=1.0,
         loss_type=list(flags["loss_type"]), loss_weights=list(flags.get("loss_weights", (1.0,))), beta=0.1,
         gradient_checkpointing=False, model_init_kwargs={"dtype": "float32"}, save_strategy="no",

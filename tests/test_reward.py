@@ -101,15 +101,42 @@ def test_pairs_equal_bradley_terry():
         assert found_R[row].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_pairs_equal_trls_reward_trainer():
-    """Its formulas on the same scores: margin and centring (reward_trainer.py of 1.16)."""
-    scores_RK, pairs = table(*[(0, 1)] * 5)
-    pairs = pairs._replace(margin_R=torch.linspace(0, 1, 5))
-    found = rm.reward_loss(scores_RK, pairs, 0.0, 0.3).mean()
-    chosen, rejected = scores_RK.unbind(1)
-    expected = -torch.nn.functional.logsigmoid(chosen - rejected - torch.linspace(0, 1, 5)).mean()
-    expected = expected + 0.3 * torch.mean((chosen + rejected) ** 2)
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+@pytest.mark.slow
+def test_several_steps_equal_trls(tmp_path):
+    """The whole RewardTrainer on plain text with margins and centring, four steps: all metrics of one name."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    rng, rows = random.Random(0), []
+    for index, row in enumerate(QUESTIONS[:12]):
+        prompt, chosen, rejected = (row[name][0]["content"] for name in ("prompt", "chosen", "rejected"))
+        row = {"prompt": prompt + " ", "chosen": chosen, "rejected": rejected * rng.randint(1, 3)}
+        rows.append({**row, "margin": 0.1 * index})
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(ASSETS / "model", num_labels=1)
+    torch.nn.init.normal_(model.score.weight, std=0.05)
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    config = RewardConfig(
+        output_dir=str(tmp_path / "trl"), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=12,
+        num_train_epochs=4, learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, max_grad_norm=1.0,
+        center_rewards_coefficient=0.05, gradient_checkpointing=False, save_strategy="no",
+    )  # fmt: skip
+    trainer = RewardTrainer(
+        model, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    expected = [row for row in trainer.state.log_history if "loss" in row]
+    found = train(
+        tmp_path / "ours", model=str(tmp_path / "model"), dataset=write_rows(tmp_path / "rows.jsonl", rows),
+        batch_size=12, epochs=4, max_steps=None, lr_schedule="constant", warmup_steps=0, micro_batch_tokens=128,
+        center_rewards_coefficient=0.05,
+    )  # fmt: skip
+    assert len(found) == len(expected) == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm", "accuracy", "margin", "min_reward", "mean_reward", "max_reward"):
+            assert ours[name] == pytest.approx(float(theirs[name]), rel=1e-3, abs=2e-4), (name, ours, theirs)
 
 
 def test_rankings_equal_plackett_luce():
