@@ -1684,6 +1684,8 @@ def check_args(args):
         )
     if args.vllm_url and not all(url.startswith(("http://", "https://")) for url in args.vllm_url):
         raise UserError(f"--vllm-url {' '.join(args.vllm_url)}: give each as http://HOST:PORT")
+    if len({url.rstrip("/") for url in args.vllm_url}) < len(args.vllm_url):
+        raise UserError("--vllm-url: name each server once; ranks share them in turn")
     if (ranks := int(os.environ.get("WORLD_SIZE", 1))) % args.vllm_tensor_parallel_size:
         raise UserError(
             f"--vllm-tensor-parallel-size {args.vllm_tensor_parallel_size} does not divide the {ranks} ranks"

@@ -222,6 +222,13 @@ def test_the_command_serves_at_the_url_that_was_given():
     assert words[words.index("--host") + 1 :][:3] == ["127.0.0.1", "--port", "8000"]
 
 
+def test_a_server_that_is_named_twice_is_refused():
+    """It would have two connections for weights, of which the second ends the first."""
+    urls = ("http://127.0.0.1:9", "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match="name each server once"):
+        grpo.check_args(grpo.Args(engine="vllm", vllm_url=urls))
+
+
 def test_a_server_that_goes_during_its_check_is_not_accused_of_missing_flags(scripted):
     scripted.answers["server_info"] = (500, {})
     with pytest.raises(EngineError, match="answers /server_info with 500"):
