@@ -3181,6 +3181,7 @@ def register_gloo_transfer():
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload.layerwise import _place_kernel_tensors, get_layerwise_info
 
     @dataclass
     class InitInfo(WeightTransferInitInfo):
@@ -3204,6 +3205,11 @@ def register_gloo_transfer():
             self.group = dist.ProcessGroupGloo(store, rank, info.world_size, timeout)
 
         def start_weight_update(self):
+            for layer in self.model.modules():
+                info = get_layerwise_info(layer)
+                if info.can_load():  # half loaded by an update that failed: vLLM would go on from there
+                    _place_kernel_tensors(layer, info)
+                    info.reset()
             initialize_layerwise_reload(self.model)
 
         def receive_weights(self, info):

@@ -222,6 +222,13 @@ def test_the_command_serves_at_the_url_that_was_given():
     assert words[words.index("--host") + 1 :][:3] == ["127.0.0.1", "--port", "8000"]
 
 
+def test_a_server_that_is_named_twice_is_refused():
+    """It would have two connections for weights, of which the second ends the first."""
+    urls = ("http://127.0.0.1:9", "http://127.0.0.1:9/")
+    with pytest.raises(UserError, match="name each server once"):
+        grpo.check_args(grpo.Args(engine="vllm", vllm_url=urls))
+
+
 def test_a_server_that_goes_during_its_check_is_not_accused_of_missing_flags(scripted):
     scripted.answers["server_info"] = (500, {})
     with pytest.raises(EngineError, match="answers /server_info with 500"):
@@ -477,7 +484,7 @@ class TestRealServer:
             engine.load_weights(teacher.named_parameters(), 20)
         real.request("POST", "resume")
 
-    @pytest.mark.parametrize("how", ["killed", "failed"])
+    @pytest.mark.parametrize("how", ["killed", "failed", "another model"])
     def test_an_update_that_was_cut_short_is_made_good(self, real, how):
         """A trainer killed in it leaves the server paused, and vLLM in an update; one that fails leaves layers half
         loaded, which vLLM would go on with."""
@@ -493,8 +500,11 @@ class TestRealServer:
             assert engine.servers[0].version == "incomplete"
         else:
             some = {name: weight for name, weight in weights.items() if "q_proj" in name or "k_proj" in name}
+            some = {**some, "model.no_such_layer.weight": torch.ones(2)}
+            if how == "another model":
+                some = dict(policy_like(ASSETS / "teacher").named_parameters())
             with pytest.raises(EngineError, match="update_weights"):
-                engine.servers[0].load_weights({**some, "model.no_such_layer.weight": torch.ones(2)}, 31)
+                engine.servers[0].load_weights(some, 31)
             engine.recover()
         engine.load_weights(weights.items(), 31)
         [[rollout]] = engine.generate([PROMPT], [(1,)], 1, [12], 1.0, [2])
