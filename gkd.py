@@ -1570,8 +1570,9 @@ class TeacherServer:
         try:
             self.server.request("POST", "inference/v1/generate", json=self.body([0, 0]))
         except EngineError as error:
-            needed = "--max-logprobs" if "max allowed" in str(error) else "--enable-scale-out"
-            problems.append(f"{error}; it needs {needed}")
+            causes = {"max allowed": "--max-logprobs", "with 403": "--enable-scale-out"}
+            needed = [flags for said, flags in causes.items() if said in str(error)]
+            problems.append(f"{error}{'; it needs ' if needed else ''}{' '.join(needed)}")
         if problems:
             raise UserError(
                 f"--teacher {self.server.url} cannot be used: {'; '.join(problems)}. Start it with\n"

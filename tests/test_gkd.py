@@ -703,9 +703,9 @@ SERVED = {
 }
 
 
-def assert_teaches_as_the_local_teacher(tmp_path, url, name, rtol):
+def assert_teaches_as_the_local_teacher(tmp_path, url, teacher, name, rtol):
     flags = {"max_length": 100, **SERVED[name]}
-    local = train(tmp_path / f"{name} local", **flags)
+    local = train(tmp_path / f"{name} local", teacher=teacher, **flags)
     served = train(tmp_path / f"{name} served", teacher=url, **flags)
     for row in (*local, *served):
         row.pop("teacher_entropy")  # of the buckets only, by the server
@@ -714,7 +714,7 @@ def assert_teaches_as_the_local_teacher(tmp_path, url, name, rtol):
 
 @pytest.mark.parametrize("name", SERVED)
 def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, scripted, name):
-    assert_teaches_as_the_local_teacher(tmp_path, URL, name, rtol=1e-2)
+    assert_teaches_as_the_local_teacher(tmp_path, URL, TEACHER, name, rtol=1e-2)
     assert scripted.calls == 48, "a request for each document"
 
 
@@ -733,14 +733,22 @@ def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, scripted):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
-    """Log-probs of given ids, likeliest tokens, samples; and what is refused, with the line that would do."""
-    needs = ServerNeeds(TEACHER, "float32", 512, "gloo", ("--max-logprobs", "8"))
+    """Log-probs of given ids, likeliest tokens, samples; and what is refused, with the line that would do. The teacher is
+    the student moved by noise: vLLM's attention for CPUs has no heads of the size of the embedded teacher's."""
+    teacher = copy_of(tmp_path, "model")
+    model = AutoModelForCausalLM.from_pretrained(teacher, attn_implementation="varlen")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * weight.std().nan_to_num(0) * torch.randn_like(weight)
+    model.save_pretrained(teacher)
+    needs = ServerNeeds(str(teacher), "float32", 512, "gloo", ("--max-logprobs", "8"))
     running = VLLMServer(needs, log_path=tmp_path / "vllm.log", timeout=180.0)
     try:
         running.wait()
         url = {"teacher": running.url, "max_length": 100}
         for name in SERVED:
-            assert_teaches_as_the_local_teacher(tmp_path, running.url, name, rtol=2e-2)
+            assert_teaches_as_the_local_teacher(tmp_path, running.url, str(teacher), name, rtol=2e-2)
         tokenizer = load_tokenizer(TEACHER)
         server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
         server.check()
@@ -762,9 +770,14 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
         flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "seq_kd": True, "lmbda": 0.0, "teacher_top_k": 4}
         train(tmp_path / "seq", **url, **flags)
         (cache,) = (tmp_path / "seq").glob("teacher-*.jsonl")
-        said = [tokenizer.decode(json.loads(line)["ids"]) for line in cache.read_text().splitlines()]
-        answers = [json.loads(row)["answer"] + "<|im_end|>" for row in rows]
-        assert np.mean([a == b for a, b in zip(said, answers, strict=True)]) > 0.9
+        said = [json.loads(line) for line in cache.read_text().splitlines()]
+        assert all(one["is_finished"] == (one["ids"][-1] == tokenizer.eos_token_id) for one in said)
+        documents = gkd.answer_documents([gkd.Answer(**one) for one in said])
+        model.token_stats = MethodType(gkd.token_stats, model)
+        with torch.no_grad():
+            stats = model.token_stats(collate(documents))
+        surprise = -stats.logps_N - stats.entropy_N  # 0 in expectation, for tokens that the model has sampled
+        assert abs(surprise.mean()) < 5 * surprise.std() / len(surprise) ** 0.5
     finally:
         running.stop()
     with pytest.raises(UserError, match="does not answer"):

@@ -89,8 +89,7 @@ def test_command_runs(tmp_path, command):
     if ("--engine vllm" in command or "http://HOST:" in command) and not find_spec("vllm"):
         pytest.skip("needs vLLM")
     if "http://HOST:" in command:  # a server of the student's or of the teacher's
-        model = "Qwen/Qwen3-0.6B" if "--vllm-url" in command else "Qwen/Qwen3-4B"
-        needs = ServerNeeds(STAND_INS[model], "float32", 2048, "gloo")
+        needs = ServerNeeds(STAND_INS["Qwen/Qwen3-0.6B"], "float32", 2048, "gloo")
         server = VLLMServer(needs, log_path=tmp_path / "vllm.log")
         try:
             run(re.sub(r"http://HOST:\d+", server.url, command), tmp_path)

@@ -36,8 +36,10 @@ def make_rows(directory, steps):
 
 def trl(lmbda):
     def train(directory):
+        tokenizer = AutoTokenizer.from_pretrained(directory / "model")
+        models = {"teacher_model": str(directory / "teacher"), "processing_class": tokenizer}
         train_with_trl(
-            "GKDTrainer", directory, "rows.jsonl", {"teacher_model": str(directory / "teacher")},
+            "GKDTrainer", directory, "rows.jsonl", models,
             module="trl.experimental.gkd", teacher_model_init_kwargs={"dtype": "float32"}, lmbda=lmbda, beta=0.5,
             temperature=1.0, max_new_tokens=NEW, per_device_train_batch_size=BATCH,
         )  # fmt: skip
