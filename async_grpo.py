@@ -1806,8 +1806,8 @@ class SharedWeights:
                 f"--engine hf needs shared memory for {size:,} weights: {error}; enlarge /dev/shm, or take "
                 "--engine vllm"
             ) from error
-        context = multiprocessing.get_context("forkserver")
-        self.version, self.lock = context.Value("q", -1, lock=False), context.Lock()
+        self.version = multiprocessing.get_context("forkserver").Value("q", -1, lock=False)
+        self.lock = None  # each rollout process has its own
 
     def views(self):
         """(name, tensor) pairs, as they were given."""
@@ -1863,6 +1863,8 @@ def serve_rollouts(pipe, beat, work, first, skip):
     torch.set_num_threads(work.num_threads)
     try:
         asyncio.run(RolloutLoop(pipe, beat, work, first, skip).run())
+    except* EngineError as group:  # it may be mended
+        pipe.send(("error", str(group.exceptions[0])))
     except* UserError as group:
         pipe.send(("refused", str(group.exceptions[0])))
     except* Exception:
@@ -1891,13 +1893,13 @@ class RolloutLoop:
     async def run(self):
         args, loop = self.args, asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(64))
-        self.prepare()
-        inbox = asyncio.Queue()
-        threading.Thread(target=self.receive, args=(loop, inbox), daemon=True).start()
-        self.send("ready")
         together = args.batch_size // args.num_generations if args.engine == "hf" else 1
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.show_life())
+            await asyncio.to_thread(self.prepare)
+            inbox = asyncio.Queue()
+            threading.Thread(target=self.receive, args=(loop, inbox), daemon=True).start()
+            self.send("ready")
             while True:
                 match await inbox.get():
                     case "grant", slots, version:
@@ -2072,7 +2074,7 @@ class RolloutProcess:
     def start(self):
         context = multiprocessing.get_context("forkserver")
         if self.work.weights:
-            self.work.weights.lock = context.Lock()  # a process that was killed may hold the old one
+            self.work.weights.lock = context.Lock()  # one that was killed may hold the old one
         self.pipe, theirs = context.Pipe()
         self.beat = context.Value("d", time.monotonic(), lock=False)
         waiting = {each.group[0].cursor for each in self.pacer.finished.values()}
@@ -2282,6 +2284,12 @@ def check_args(args):
     if (ranks := int(os.environ.get("WORLD_SIZE", 1))) % args.vllm_tensor_parallel_size:
         raise UserError(
             f"--vllm-tensor-parallel-size {args.vllm_tensor_parallel_size} does not divide the {ranks} ranks"
+        )
+    several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+    if args.engine == "vllm" and not args.vllm_url and several_nodes:
+        raise UserError(
+            "--engine vllm starts servers that only their own machine reaches, and the rollout process asks "
+            "all of them from the first; on several machines give --vllm-url"
         )
     starts_server = (args.engine == "vllm" and not args.vllm_url, "--engine vllm without --vllm-url")
     clipped = args.loss_type in CLIPPED
@@ -2674,7 +2682,8 @@ def main(args):
             metrics |= {"train_seconds": train_seconds}
             metrics |= {"train_tokens_per_second": step_tokens / train_seconds}
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
-            log.write({**progress, **{name: finite(value) for name, value in metrics.items()}})
+            counts = {name: progress[name] for name in ("step", "tokens", "cursor")}
+            log.write({**counts, **{name: finite(value) for name, value in metrics.items()}})
         evaluate_when_due(progress["step"])
         grant(progress["step"])
         if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):
