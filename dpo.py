@@ -1561,9 +1561,9 @@ def main(args):
             metrics["exact_match"] = (pairs.hits_w_P == pairs.length_w_P).float().mean().item()
             log.evals[step] = {f"eval/{name}": value for name, value in metrics.items()}
             log.write({"step": step, **log.evals[step]})
-            bar.write(
-                f"step {step}: " + ", ".join(f"{name} {log.evals[step][name]:.4f}" for name in EVAL_METRICS)
-            )
+            if rank == 0:  # tqdm writes though it is disabled
+                shown = ", ".join(f"{name} {log.evals[step][name]:.4f}" for name in EVAL_METRICS)
+                bar.write(f"step {step}: {shown}")
 
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
 

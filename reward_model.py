@@ -1263,9 +1263,9 @@ def main(args):
             targets_RK = padded(eval_data["targets"], 0)
             log.evals[step] = heldout_metrics(scores_RK.cpu(), eval_rankings, targets_RK, args)
             log.write({"step": step, **log.evals[step]})
-            bar.write(
-                f"step {step}: " + ", ".join(f"{name} {log.evals[step][name]:.4f}" for name in EVAL_METRICS)
-            )
+            if rank == 0:  # tqdm writes though it is disabled
+                shown = ", ".join(f"{name} {log.evals[step][name]:.4f}" for name in EVAL_METRICS)
+                bar.write(f"step {step}: {shown}")
 
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
 

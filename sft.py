@@ -1182,7 +1182,9 @@ def main(args):
         if metrics := evaluate(policy, eval_data, eval_targets, eval_plan, device, caught_signals):
             log.evals[step] = metrics
             log.write({"step": step, **metrics})
-            bar.write(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+            if rank == 0:  # tqdm writes though it is disabled
+                shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+                bar.write(f"step {step}: {shown}")
 
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
 

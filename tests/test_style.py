@@ -9,8 +9,8 @@ from sync_shared import SCRIPTS
 
 # Lines. Raising one is a commit of its own that says what it buys.
 LIMITS = {
-    "sft.py": 1280,
-    "dpo.py": 1680,
+    "sft.py": 1290,
+    "dpo.py": 1690,
     "reward_model.py": 1370,
     "grpo.py": 2230,
     "async_grpo.py": 2780,
