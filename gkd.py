@@ -1571,8 +1571,10 @@ class TeacherServer:
             self.server.request("POST", "inference/v1/generate", json=self.body([0, 0]))
         except EngineError as error:
             causes = {"max allowed": "--max-logprobs", "with 403": "--enable-scale-out"}
-            needed = [flags for said, flags in causes.items() if said in str(error)]
-            problems.append(f"{error}{'; it needs ' if needed else ''}{' '.join(needed)}")
+            problems += [
+                str(error),
+                *(f"it needs {name}" for said, name in causes.items() if said in str(error)),
+            ]
         if problems:
             raise UserError(
                 f"--teacher {self.server.url} cannot be used: {'; '.join(problems)}. Start it with\n"
@@ -2098,9 +2100,8 @@ def main(args):
             stop_non_finite(step + 1, metrics["loss"], grad_norm, data, rows, plan[rank], micro_losses)
         optimizer.step()
         optimizer.zero_grad()
-        on_policy_steps = progress["on_policy_steps"] + is_on_policy
-        progress = {"step": step + 1, "tokens": progress["tokens"] + step_tokens}
-        progress |= {"on_policy_steps": on_policy_steps}
+        tokens, on_policy_steps = progress["tokens"] + step_tokens, progress["on_policy_steps"] + is_on_policy
+        progress = {"step": step + 1, "tokens": tokens, "on_policy_steps": on_policy_steps}
 
         # ---- Log, evaluate, save ----
         seconds = time.perf_counter() - began
@@ -2111,7 +2112,7 @@ def main(args):
             metrics |= {"epoch": progress["step"] / steps_per_epoch, "grad_norm": grad_norm}
             metrics |= {"learning_rate": learning_rate, "on_policy_share": on_policy_steps / (step + 1)}
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
-            log.write({"step": step + 1, "tokens": progress["tokens"], **metrics})
+            log.write({"step": step + 1, "tokens": tokens, **metrics})
         evaluate_when_due(progress["step"])
         if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):
             save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints)
