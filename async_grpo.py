@@ -5,9 +5,10 @@ The loss and all that leads to it are grpo.py's. What is added, and where implem
    that was sampled is thrown away for its age (arXiv:2505.24298 and TRL drop it, or bound only the average).
 2. New weights reach vLLM servers while requests run, as in PipelineRL (arXiv:2509.19128): each token has the
    log-prob and the version of the weights that sampled it. The embedded engine takes them between calls.
-3. Ratios are clipped against the policy of the step's beginning, and the sampler's age is corrected by
-   importance sampling: AReaL's decoupled PPO (arXiv:2505.24298). As a batch is trained in one step, that
-   policy's log-probs are the forward's own. --proximal sampler clips against the sampler itself.
+3. Ratios are taken to the policy of the step's beginning, and the sampler's age is corrected by importance
+   sampling: AReaL's decoupled PPO (arXiv:2505.24298). As a batch is trained in one step, that policy's
+   log-probs are the forward's own, so ratios are 1, --epsilon clips nothing, and the correction alone bounds
+   what old tokens count. --proximal sampler takes ratios to the sampler, which --epsilon then clips.
 4. --max-staleness 0 samples and trains in turn, and does what grpo.py does with the same flags.
 
 Shapes, alignment and policies: see grpo.py. K: --max-staleness; version: the optimizer steps that made some
@@ -105,6 +106,7 @@ TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen 
 RUN_FLAGS = ["output_dir", "resume", "save_every", "keep_checkpoints", "eval_every", "log_every", "wandb"]
 RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compile"]
 RUN_FLAGS += ["vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"]
+RUN_FLAGS += ["reward_timeout", "environment_timeout", "max_failed_rewards", "rollout_timeout"]
 CLIPPED = {"grpo", "bnpo", "dr_grpo", "dapo", "luspo"}
 
 
@@ -248,7 +250,7 @@ class Args:
     keep_kv: bool = False
     """Requests that run go on with the keys and values of older weights, rather than compute them again."""
     proximal: Literal["trainer", "sampler"] = "trainer"
-    """What ratios are clipped against: the policy at the step's beginning, or what sampled the tokens."""
+    """What ratios are taken to: the policy at the step's beginning, or what sampled the tokens."""
     rollout_timeout: float = 1200.0
     """Seconds in which some group must be finished; the run stops with a checkpoint otherwise."""
 
@@ -1820,16 +1822,16 @@ class SharedWeights:
     @torch.no_grad()
     def write(self, weights, version):
         """All ranks take part. EngineError where the rollout process does not let go of them."""
-        if dist.get_rank() > 0:
-            return [None for _ in weights] and None  # gathering them is what counts
-        if not self.lock.acquire(timeout=60):
-            raise EngineError("the rollout process reads weights for more than 60 s")
-        try:
-            for (_, view), (_, weight) in zip(self.views(), weights, strict=True):
-                view.copy_(weight)
+        has_lock = dist.get_rank() == 0 and self.lock.acquire(timeout=60)
+        views = self.views()
+        for _, weight in weights:  # all ranks gather all of them, whatever becomes of it
+            if has_lock:
+                next(views)[1].copy_(weight)
+        if has_lock:
             self.version.value = version
-        finally:
             self.lock.release()
+        elif dist.get_rank() == 0:
+            raise EngineError("the rollout process reads weights for more than 60 s")
 
     def give(self, engine):
         """To an engine that has others."""
@@ -1861,14 +1863,7 @@ def serve_rollouts(pipe, beat, work, first, skip):
     if work.args.engine == "vllm":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(work.num_threads)
-    try:
-        asyncio.run(RolloutLoop(pipe, beat, work, first, skip).run())
-    except* EngineError as group:  # it may be mended
-        pipe.send(("error", str(group.exceptions[0])))
-    except* UserError as group:
-        pipe.send(("refused", str(group.exceptions[0])))
-    except* Exception:
-        pipe.send(("error", traceback.format_exc()))
+    asyncio.run(RolloutLoop(pipe, beat, work, first, skip).run())
 
 
 class RolloutLoop:
@@ -1891,6 +1886,18 @@ class RolloutLoop:
         self.in_flight, self.num_tokens, self.busy_seconds, self.busy_since = 0, 0, 0.0, 0.0
 
     async def run(self):
+        """Until it fails, of which the trainer hears at once: threads may go on for long."""
+        try:
+            await self.serve()
+        except* EngineError as group:  # it may be mended
+            self.send("error", str(group.exceptions[0]))
+        except* UserError as group:
+            self.send("refused", str(group.exceptions[0]))
+        except* Exception:
+            self.send("error", traceback.format_exc())
+        os._exit(1)
+
+    async def serve(self):
         args, loop = self.args, asyncio.get_running_loop()
         loop.set_default_executor(ThreadPoolExecutor(64))
         together = args.batch_size // args.num_generations if args.engine == "hf" else 1
@@ -1969,8 +1976,8 @@ class RolloutLoop:
             except UserError as error:
                 if isinstance(error, EngineError):
                     raise
-                groups, failures, why = [[] for _ in slots], Counter(), str(error)  # refused by the server
-                signals = [False] * len(slots)
+                why = f"row {rows[0]['row']} of {rows[0]['source']}: {error}"  # refused by the server
+                groups, failures, signals = [[] for _ in slots], Counter(), [False] * len(slots)
             else:
                 groups, failures = await self.judge(rows, cursors, groups)
                 attempts, why = attempts + 1, "zero variance"
@@ -2057,6 +2064,21 @@ class Finished(NamedTuple):
     """When it came, time.monotonic()."""
 
 
+class Batch(NamedTuple):
+    """What a step gets, the same on all ranks."""
+
+    groups: list
+    passed_over: list
+    """Groups that others have replaced since the last step."""
+    failures: Counter
+    """Failed rewards of the samples that were judged since then, by kind."""
+    judged: int
+    """How many these were."""
+    metrics: dict
+    problem: str
+    """What a reward or an environment said when it last raised."""
+
+
 class RolloutProcess:
     """The rollout process as the trainer's first rank sees it."""
 
@@ -2066,7 +2088,8 @@ class RolloutProcess:
         """cursor, consumed: which prompts a resumed run is done with: all before cursor, and these."""
         self.work, self.pacer, self.cursor, self.consumed = work, pacer, cursor, set(consumed)
         self.passed_over = []  # groups in whose place others are sampled, since they were last logged
-        self.failures, self.dropped, self.evaluated = Counter(), Counter(), {}
+        self.failures, self.judged = Counter(), 0  # of samples, since they were last logged
+        self.dropped, self.evaluated = Counter(), {}
         self.version, self.evaluating, self.may_restart, self.refused = 0, None, True, 0
         atexit.register(self.stop)
         self.start()
@@ -2122,7 +2145,7 @@ class RolloutProcess:
         self.may_restart = False
         self.start()
         unfinished = [slot for slot in self.pacer.began if slot not in self.pacer.finished]
-        self.pacer.began |= dict.fromkeys(unfinished, self.version)
+        self.pacer.began |= dict.fromkeys(unfinished, self.version)  # they begin anew, and so are due later
         if self.evaluating is not None:
             self.evaluate(self.evaluating)
         self.send("grant", unfinished, self.version)
@@ -2155,11 +2178,13 @@ class RolloutProcess:
             case "group", slot, group, failures, news:
                 self.pacer.finished[slot] = Finished(group, time.monotonic())
                 self.failures += failures
+                self.judged += len(group)
                 self.refused = 0
             case "again", slot, version, cursor, group, failures, why, news:
                 self.pacer.began[slot] = version
                 self.passed_over.append(group)
                 self.failures += failures
+                self.judged += len(group)
                 self.dropped[why if group else "refused"] += 1
                 self.refused += not group
                 if not group:
@@ -2170,8 +2195,8 @@ class RolloutProcess:
             case "evaluated", version, found:
                 self.evaluated[version], self.evaluating = found, None
                 return
-            case "refused", text:
-                raise UserError(text)
+            case "refused", text:  # it would be again
+                raise EngineError(text)
             case ("error", text) | ("crash", text):
                 self.restart(text or f"it ended with exit code {self.process.exitcode}")
                 return
@@ -2180,23 +2205,25 @@ class RolloutProcess:
         self.news, self.last_group = news, time.monotonic()
 
     def batch(self, version):
-        """-> the step's groups, what else is to be logged with it; None where it must wait."""
+        """-> the Batch of the step from `version`; None where it must wait."""
         if (finished := self.pacer.take(version)) is None:
             return None
         now, (then, before) = time.monotonic(), self.before
-        seconds, new = max(now - then, 1e-9), {}
-        new["sample/rollout_queue_size"] = len(self.pacer.finished)
-        new["sample/time_in_queue_s"] = float(np.mean([now - each.time for each in finished]))
-        new["rollout/inflight"] = self.news["in_flight"]
-        new["rollout/generated_tok_s"] = (self.news["tokens"] - before["tokens"]) / seconds
-        new["utilisation/generation"] = (self.news["busy"] - before["busy"]) / seconds
-        new |= {f"rollout/dropped/{why}": count for why, count in self.dropped.items()}
-        new |= {f"rollout/retried/{why}": count for why, count in self.news["retries"].items()}
-        groups = [each.group for each in finished]
+        seconds = max(now - then, 1e-9)
+        metrics = {
+            "sample/rollout_queue_size": len(self.pacer.finished),
+            "sample/time_in_queue_s": float(np.mean([now - each.time for each in finished])),
+            "rollout/inflight": self.news["in_flight"],
+            "rollout/generated_tok_s": (self.news["tokens"] - before["tokens"]) / seconds,
+            "utilisation/generation": (self.news["busy"] - before["busy"]) / seconds,
+        }
+        metrics |= {f"rollout/dropped/{why}": count for why, count in self.dropped.items()}
+        metrics |= {f"rollout/retried/{why}": count for why, count in self.news["retries"].items()}
         passed_over = [group for group in self.passed_over if group]  # one that was refused is empty
-        found = groups, passed_over, self.failures, new, self.news["problem"]
-        self.before, self.passed_over, self.failures = (now, self.news), [], Counter()
-        return found
+        own = self.failures, self.judged, metrics, self.news["problem"]
+        batch = Batch([each.group for each in finished], passed_over, *own)
+        self.before, self.passed_over, self.failures, self.judged = (now, self.news), [], Counter(), 0
+        return batch
 
     def close(self, groups):
         """Count groups as done with -> {"cursor", "consumed"}, for a checkpoint."""
@@ -2317,6 +2344,7 @@ def check_args(args):
         "keep_kv": (args.engine == "vllm", "--engine vllm"),
         "max_turns": (args.environment, "--environment"),
         "environment_timeout": (args.environment, "--environment"),
+        "importance_sampling_mode": (args.proximal == "trainer", "--proximal trainer"),
         "importance_sampling_clip_min": (args.importance_sampling_mode != "none", "a correction"),
         "importance_sampling_clip_max": (args.importance_sampling_mode != "none", "a correction"),
         **{
@@ -2355,6 +2383,7 @@ def main(args):
     environment = EnvironmentWorker(args.environment, args.environment_timeout) if args.environment else None
     args = with_default_rewards(args, environment is not None and environment.has_reward)
     check_args(args)
+    RewardWorker(args.rewards, args.reward_timeout, args.max_completion_length).stop()  # can it be made?
     config = load_config(args)
     aux_coef = router_aux_coef(args, config)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
@@ -2477,21 +2506,25 @@ def main(args):
         started again once, and gets them; then the run stops."""
         nonlocal unchecked
         for attempts_left in (1, 0):
-            problem = None
+            problem, unchecked = None, max(unchecked, int(is_lost))
             if is_lost:
                 _, problem = try_engine(engine.recover)
             if not any_rank(problem):
                 load = engine.load_weights if servers else shared_weights.write
                 _, problem = try_engine(load, whole_weights(policy), step)
-            if not any_rank(problem):
-                if servers and unchecked:
+            if servers and unchecked and not any_rank(problem):
+                try:
                     engine_check()
                     unchecked -= 1
+                except UserError as error:  # all ranks have one
+                    problem = error
+            if not any_rank(problem):
                 return
-            if attempts_left:
-                bar.write(f"step {step}: {problem}; the server is started again")
-                is_lost, unchecked = bool(servers), max(1, unchecked)
-        stop_here(problem or "the engine of another rank failed")
+            problem = problem or EngineError("the engine of another rank failed")
+            if attempts_left and rank == 0:
+                bar.write(f"step {step}: {problem}; it is tried once more")
+            is_lost = bool(servers)
+        stop_here(problem)
 
     def wait_for(step, ready):
         """What ready() finds on the first rank, for all ranks; None where a signal stops the run. Servers
@@ -2511,6 +2544,7 @@ def main(args):
                 return said[0]
             if any_rank(any(server.is_owner and server.has_lost(step) for server in servers)):
                 publish(step, is_lost=True)
+                since = time.monotonic()
 
     def grant(step):
         """Let groups begin with the weights of `step`: as many as are trained in the next steps."""
@@ -2549,20 +2583,23 @@ def main(args):
         wait_seconds = time.perf_counter() - began
         if found is None:
             break
-        groups, passed_over, failures, metrics, problem = found
-        drawn = sorted(groups + passed_over, key=prompt_number)
+        groups, metrics = found.groups, found.metrics
+        drawn = sorted(groups + found.passed_over, key=prompt_number)
         samples = [s for group in drawn for s in group]
-        check_failures(step + 1, failures, len(samples), args, problem)
+        try:
+            check_failures(step + 1, found.failures, max(1, found.judged), args, found.problem)
+        except UserError as error:
+            stop_here(error)
         metrics |= rollout_metrics(samples, advantages(rewards_of(drawn), args)[1], args)
-        metrics |= {"failed_rewards": sum(failures.values()), "drawn_prompts": len(drawn)}
+        metrics |= {"failed_rewards": found.failures.total(), "drawn_prompts": len(drawn)}
         if args.zero_variance != "keep":
             groups = list(itertools.compress(groups, have_signal(groups, args)))
         groups.sort(key=prompt_number)
         kept = [s for group in groups for s in group]
         ages = Counter(step - version for s in kept for version in s.versions)
         assert all(0 <= age <= args.max_staleness for age in ages), f"step {step} has tokens of ages {ages}"
-        if step == progress["step"] == 0:
-            some = [s for s in kept if s.logps][:8]
+        some = [s for s in samples if s.logps][:8]
+        if step == 0 and some:
             check_log_probs(args, some, unwrap(policy), device, "try --engine vllm")
         plan = plan_samples(kept, world_size, args.micro_batch_tokens, packing)
         if reference is not None:

@@ -2892,6 +2892,7 @@ class VLLMServer:
         or kept. All ranks that use an ipc server take part."""
         began = time.monotonic()
         deadline = began + self.timeout
+        keep_kv = keep_kv and self.sender is not None  # what is cached may be another run's
         if self.is_owner:
             was_cut_short, self.is_paused = self.is_paused, True
             self.request("POST", "pause", params={"mode": "keep", "clear_cache": not keep_kv})
@@ -3145,9 +3146,9 @@ class VLLMEngine:
 
 async def ask_server(client, server, body, retries, is_spoilt=None):
     """-> the JSON of its answer to a request to generate. A server that fails, or whose choices `is_spoilt`,
-    is asked again until the deadline, which `retries` counts by reason; one that says that the request is
-    wrong is not."""
-    deadline = time.monotonic() + server.timeout
+    is asked again for server.timeout from then on, which `retries` counts by reason; one that says that the
+    request is wrong is not."""
+    deadline = math.inf
     while True:
         try:
             answer = await client.post(f"{server.url}/inference/v1/generate", json=body)
@@ -3161,7 +3162,9 @@ async def ask_server(client, server, body, retries, is_spoilt=None):
                 raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
         except httpx.HTTPError as error:
             kind, problem = type(error).__name__, repr(error)
-        if server.is_dead() or time.monotonic() > deadline:
+        patience = 0.0 if kind == "ReadTimeout" else server.timeout  # that one had its time already
+        deadline = min(deadline, time.monotonic() + patience)
+        if server.is_dead() or time.monotonic() >= deadline:
             raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")
         retries[kind] += 1
         await asyncio.sleep(0.5)

@@ -105,6 +105,7 @@ TRAINABLE = StateDictOptions(ignore_frozen_params=True, strict=False)  # frozen 
 RUN_FLAGS = ["output_dir", "resume", "save_every", "keep_checkpoints", "eval_every", "log_every", "wandb"]
 RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compile"]
 RUN_FLAGS += ["vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"]
+RUN_FLAGS += ["reward_timeout", "environment_timeout", "max_failed_rewards"]
 CLIPPED = {"grpo", "bnpo", "dr_grpo", "dapo", "luspo"}
 
 
