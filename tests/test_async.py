@@ -218,6 +218,7 @@ def test_a_first_step_without_signal_is_no_error(tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path / "run")] == [0.0, 0.0]
 
 
+@pytest.mark.slow
 def test_flags_that_would_do_nothing_are_refused(tmp_path):
     for flags, message in [
         (
