@@ -2312,6 +2312,8 @@ def check_args(args):
         raise UserError(
             f"--vllm-tensor-parallel-size {args.vllm_tensor_parallel_size} does not divide the {ranks} ranks"
         )
+    if len({url.rstrip("/") for url in args.vllm_url}) < len(args.vllm_url):
+        raise UserError("--vllm-url: name each server once; ranks share them in turn")
     several_nodes = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
     if args.engine == "vllm" and not args.vllm_url and several_nodes:
         raise UserError(
