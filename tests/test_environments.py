@@ -236,8 +236,10 @@ def test_an_episode_is_what_the_template_renders(echo):
 
 
 def test_micro_batches_train_what_was_sampled():
-    sample = grpo.Sample(0, [1, 2], [3, 4, 5, 6], [True, False, False, True], [-1.0, -2.0], [0, 0], True, [1.0], "")
-    other = grpo.Sample(0, [1, 2], [7], [True], [-3.0], True, [0.0], "")
+    sample = grpo.Sample(
+        0, [1, 2], [3, 4, 5, 6], [True, False, False, True], [-1.0, -2.0], [0, 0], True, [1.0], ""
+    )
+    other = grpo.Sample(0, [1, 2], [7], [True], [-3.0], [0], True, [0.0], "")
     batch = grpo.collate_samples([sample, other], "cpu", "shared")
     assert batch.labels_N.tolist() == [3, 6, 7]
     sample.advantage = other.advantage = 1.0

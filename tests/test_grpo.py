@@ -137,7 +137,9 @@ def test_the_divergence_in_the_reward_has_weight_beta_whatever_the_rewards_have(
     rewards = [[[None, 1.0], [0.5, 0.0], [7.0, 3.0], [None, None]]]
     logps, ref_logps = [[-1.0, -2.0], [-0.5], [], [-1.0]], [[-1.5, -2.5], [-0.25], [], [-9.0]]
     group = [
-        grpo.Sample(0, [1], [2] * len(own), [True] * len(own), own, True, [], "", ref_logps=ref)
+        grpo.Sample(
+            0, [1], [2] * len(own), [True] * len(own), own, [0] * len(own), True, [], "", ref_logps=ref
+        )
         for own, ref in zip(logps, ref_logps, strict=True)
     ]
     numbers = [[[math.nan if r is None else r for r in sample] for sample in rewards[0]]]
@@ -168,7 +170,7 @@ def test_metrics_of_rewards_are_trls():
     ).double()
     args = grpo.Args(rewards=("a", "b.py:f"), reward_weights=(1.0, 0.5))
     flat = [s for group in rewards_PGR.tolist() for s in group]
-    samples = [grpo.Sample(0, [1], [2], [True], [-1.0], True, s, "") for s in flat]
+    samples = [grpo.Sample(0, [1], [2], [True], [-1.0], [0], True, s, "") for s in flat]
     found = grpo.rollout_metrics(samples, grpo.advantages(rewards_PGR, args)[1], args)
     totals = [1, 1.0, 1.5, 1.5, 3, 3, 3]
     assert found["reward"] == pytest.approx(np.mean(totals))
