@@ -446,7 +446,10 @@ class TestRealServer:
     def test_tokens_in_flight_carry_their_versions(self, real, keep_kv):
         """As async_grpo.py's rollout process reads them. With keys and values computed again, log-probs are those that a
         trainer's forward gives under the recorded weights; with kept ones they need not be, but for the first."""
-        models = policy_like(ASSETS / "model"), policy_like(ASSETS / "model", scale=0.05)
+        models, hot = (
+            [policy_like(ASSETS / "model", 0.5, seed) for seed in (1, 2)],
+            2.0,
+        )  # they hardly ever stop
         trainer = VLLMEngine([real], models[0], torch.float32, keep_kv=keep_kv)
         sampler = VLLMEngine([VLLMServer(None, real.url)], in_flight=True, keep_kv=keep_kv)
         for version in range(40, 60, 2):  # until the weights come before the last token
@@ -454,7 +457,7 @@ class TestRealServer:
             trainer.load_weights(models[0].named_parameters(), version)
             sampler.version = version
             with ThreadPoolExecutor() as pool:
-                asked = [PROMPT] * 8, [(version, i) for i in range(8)], 1, [400] * 8, 1.0, []
+                asked = [PROMPT] * 8, [(version, i) for i in range(8)], 1, [400] * 8, hot, []
                 answer = pool.submit(sampler.generate, *asked)
                 time.sleep(0.2)
                 trainer.model = models[1]
@@ -465,17 +468,17 @@ class TestRealServer:
                 break
         assert mixed
         for rollout in mixed:
-            assert len(rollout.versions) == len(rollout.ids) == len(rollout.logps) == 400
+            assert len(rollout.versions) == len(rollout.ids) == len(rollout.logps)
             assert rollout.versions == sorted(rollout.versions)
             assert {*rollout.versions} == {version, version + 1}
             is_old = np.array(rollout.versions) == version
-            old, new = (trainer_logps(model, rollout).numpy() for model in models)
+            old, new = (trainer_logps(model, rollout, hot).numpy() for model in models)
             logps = np.array(rollout.logps)
             np.testing.assert_allclose(logps[is_old], old[is_old], atol=2e-4)
             if not keep_kv:
                 np.testing.assert_allclose(logps[~is_old], new[~is_old], atol=2e-4)
             else:
-                assert np.abs(logps - new)[~is_old].max() > 1e-3, "older keys and values were kept"
+                assert np.abs(logps - new)[~is_old].max() > 2e-4, "older keys and values were kept"
 
     def test_another_architecture_cannot_be_sent(self, real):
         teacher = policy_like(ASSETS / "teacher")
