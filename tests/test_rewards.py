@@ -274,7 +274,8 @@ def scores_of(model, path, prompts, completions):
 def judge(request, tmp_path_factory):
     """final/ of reward_model.py after three steps, and that model as transformers (and peft) load it."""
     run = tmp_path_factory.mktemp("judge") / "run"
-    rm.main(replace(rm.Args(output_dir=str(run)), **SHORT, learning_rate=1e-2, lora_rank=request.param))
+    lora = {"lora_rank": request.param, "lora_merge": False} if request.param else {}
+    rm.main(replace(rm.Args(output_dir=str(run)), **SHORT, learning_rate=1e-2, **lora))
     rm.dist.destroy_process_group() if rm.dist.is_initialized() else None
     if not request.param:
         return str(run / "final"), AutoModelForSequenceClassification.from_pretrained(run / "final").eval()
