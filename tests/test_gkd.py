@@ -673,7 +673,7 @@ def scripted(monkeypatch):
     model, state = both_models()[1], SimpleNamespace(calls=0, fails_at=math.inf)
 
     @torch.no_grad()
-    async def answer(client, server, body):
+    async def answer(client, server, body, retries):
         state.calls += 1
         if state.calls >= state.fails_at:
             raise EngineError("the vLLM server does not generate")
