@@ -1552,10 +1552,12 @@ class TeacherServer:
         self.k, self.max_length, self.vocab_size = args.teacher_top_k or 1, max_length, vocab_size
         self.server = VLLMServer(self, args.teacher.rstrip("/"), is_owner=False, timeout=args.vllm_timeout)
 
-    def shell(self):
-        """The command that starts one, as one types it."""
+    def shell(self, url="http://127.0.0.1:8000"):
+        """The command that starts one at `url`, as one types it."""
+        url = httpx.URL(url)
         return (
-            "python -m vllm.entrypoints.openai.api_server --model TEACHER --host 127.0.0.1 --port 8000 "
+            "python -m vllm.entrypoints.openai.api_server --model TEACHER "
+            f"--host {url.host} --port {url.port or 80} "
             f"--enable-scale-out --max-logprobs {max(20, self.k)} --max-model-len {self.max_length + 1}"
         )
 
@@ -1578,7 +1580,7 @@ class TeacherServer:
         if problems:
             raise UserError(
                 f"--teacher {self.server.url} cannot be used: {'; '.join(problems)}. Start it with\n"
-                f"{self.shell()}"
+                f"{self.shell(self.server.url)}"
             )
 
     def difference(self, tokenizer):
