@@ -1946,7 +1946,8 @@ def main(args):
             each.wait()
             each.check()
         if not any_rank(any(each.version != "default" for each in servers)):  # no other run has changed them
-            with adapter(policy, ""):
+            # A server has the base, our copy all of --model.
+            with adapter(policy, "" if servers else "default"):
                 engine_check()
 
     # ---- Resume, report ----

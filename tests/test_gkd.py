@@ -596,24 +596,42 @@ def make_adapter(tmp_path, name="adapter"):
     return str(tmp_path / f"{name}-run" / "final")
 
 
-def test_an_adapter_on_the_students_base_shares_its_weights(tmp_path, capsys):
-    """One model is loaded, and the losses are those of a teacher with the adapter merged. The adapter's dropout is off."""
-    adapter = make_adapter(tmp_path)
+def merge(tmp_path, adapter):
+    """The embedded student with an adapter merged, as a model of its own."""
     merged = tmp_path / "merged"
     base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
     gkd.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(merged)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(ASSETS / "model" / name, merged)
+    return str(merged)
+
+
+def test_an_adapter_on_the_students_base_shares_its_weights(tmp_path, capsys):
+    """One model is loaded, and the losses are those of a teacher with the adapter merged. The adapter's dropout is off."""
+    adapter = make_adapter(tmp_path)
+    merged = merge(tmp_path, adapter)
     capsys.readouterr()
     shared = train(tmp_path / "shared", teacher=adapter, lora_rank=4)
     assert "on the student's base" in capsys.readouterr().out
-    alone = train(tmp_path / "alone", teacher=str(merged), lora_rank=4)
+    alone = train(tmp_path / "alone", teacher=merged, lora_rank=4)
     assert_same_curve(shared, alone, rtol=1e-3)
     assert shared[0]["loss"] > 1e-4
     of_full = train(tmp_path / "full", teacher=adapter, lmbda=0.0)  # a full student shares nothing
     assert of_full[0]["loss"] == pytest.approx(
-        train(tmp_path / "full2", teacher=str(merged), lmbda=0.0)[0]["loss"], rel=1e-3
+        train(tmp_path / "full2", teacher=merged, lmbda=0.0)[0]["loss"], rel=1e-3
     )
+
+
+def test_an_adapter_is_trained_further(tmp_path):
+    """The student's samples and losses begin as those of the adapter merged; from itself it is nothing away."""
+    adapter = make_adapter(tmp_path)
+    flags = {"lmbda": 1.0, "max_steps": 2}
+    further = train(tmp_path / "further", model=adapter, lora_rank=4, **flags)
+    whole = train(tmp_path / "whole", model=merge(tmp_path, adapter), **flags)
+    for key in ("loss", "entropy", "completions/mean_length"):
+        assert further[0][key] == pytest.approx(whole[0][key], rel=1e-3)
+    own = train(tmp_path / "own", model=adapter, teacher=adapter, lora_rank=4, **flags)
+    assert own[0]["loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_base_teaches_its_lora_student(tmp_path):
