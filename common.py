@@ -1397,7 +1397,7 @@ def encode_distillation(
     use_answer=True,
 ):
     """A row for encode_sft or encode_prompt -> DISTILLATION_FEATURES: encode_sft's, and prompt_ids, what
-    stands before the last answer, for a model to write another.
+    stands before the answer at its end, if there is one, for a model to write another.
 
     room: most tokens of such a prompt; None where nobody writes: prompt_ids are []. use_answer: False where
     the row's own answer, which it need not have, is not used: input_ids are the prompt's.
@@ -1413,11 +1413,11 @@ def encode_distillation(
     kind = next((column for column in SFT_KINDS if row.get(column) is not None), None)
     prompt = row.get("prompt")
     if kind in ("messages", "conversations"):
-        messages = read_messages(row, kind)
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        prompt = messages[: answers[-1] if answers else None]
+        prompt = read_messages(row, kind)
+        prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
     if kind == "input_ids":
         ids, mask = check_tokenized(row)
+        check_ids(ids, vocab_size)
         trained = np.flatnonzero(np.diff(mask, prepend=0) == 1) if row.get("labels") else [0]
         ids = ids[: trained[-1] if len(trained) else None]
         dropped = f"longer than the {room} tokens that are left for a prompt" if len(ids) > room else ""

@@ -336,6 +336,7 @@ PROMPT = "<|im_start|>user\nWhat is 1+2?<|im_end|>\n<|im_start|>assistant\n"
 ROWS = {  # a row -> what a model is asked, and what the row answers
     "messages": ({"messages": [USER, ANSWER]}, PROMPT, "3<|im_end|>"),
     "two turns": ({"messages": [USER, ANSWER, USER, ANSWER]}, PROMPT + "3<|im_end|>\n" + PROMPT, "3<|im_end|>3<|im_end|>"),
+    "a turn without an answer": ({"messages": [USER, ANSWER, USER]}, PROMPT + "3<|im_end|>\n" + PROMPT, "3<|im_end|>"),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "What is 1+2?"}, {"from": "gpt", "value": "3"}]}, PROMPT, "3<|im_end|>"),
     "prompt messages": ({"prompt": [USER], "completion": [ANSWER]}, PROMPT, "3<|im_end|>"),
     "prompt": ({"prompt": "1+2=", "completion": "3"}, "1+2=", "3<|im_end|>"),
@@ -366,6 +367,8 @@ def test_rows_without_answers_and_without_prompts():
         with pytest.raises(UserError, match=r"--lmbda 1|nothing to train") if "prompt" in row else nothing():
             encoded = encode_distillation(row, tokenizer, room=99)
             assert encoded["dropped"] == "nothing to train"
+    with pytest.raises(UserError, match="700"):
+        encode_distillation({"input_ids": [5, 700, 6]}, tokenizer, vocab_size=512, room=99, use_answer=False)
     for row in ({"text": "1+2=3"}, {"messages": [ANSWER]}):
         encoded = encode_distillation(row, tokenizer, room=99)
         assert encoded["dropped"] == "without a prompt that could be answered"
