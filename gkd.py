@@ -111,8 +111,8 @@ class Args:
     model: str = str(ASSETS / "model")
     """A directory with a causal language model, or a hub id."""
     teacher: str = str(ASSETS / "teacher")
-    """A directory or hub id, of a model or an adapter; or http://HOST:PORT, a vLLM server with it. An adapter
-    on a LoRA student's base, or that base itself, shares its weights."""
+    """A model's directory or hub id, an adapter's directory, or http://HOST:PORT, a vLLM server with it. An
+    adapter on a LoRA student's base, or that base itself, shares its weights."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the model computes in; auto: bfloat16 on CUDA, float32 on CPU. Trained weights are float32."""
     attention: str = "varlen"
@@ -480,7 +480,7 @@ class HeadInputs(NamedTuple):
         logps_CV = logits_CV.log_softmax(-1)
         probs_CV = logps_CV.exp()
         about = logps_CV.gather(1, labels_C1), logps_CV.argmax(-1), -inner(probs_CV, logps_CV)
-        if not 0 < k < logps_CV.shape[1]:
+        if k == 0:
             return Target(logps_CV, probs_CV, None, *about)
         top_logps_CK, ids_CK = logps_CV.topk(k)
         rest_C1 = logps_CV.scatter_(1, ids_CK, -math.inf).logsumexp(1, keepdim=True)
@@ -1550,7 +1550,9 @@ class TeacherServer:
 
     def __init__(self, args, max_length, vocab_size):
         self.k, self.max_length, self.vocab_size = args.teacher_top_k or 1, max_length, vocab_size
-        self.server = VLLMServer(self, args.teacher.rstrip("/"), is_owner=False, timeout=args.vllm_timeout)
+        url = args.teacher.rstrip("/").removesuffix("/v1")
+        self.server = VLLMServer(self, url, is_owner=False, timeout=args.vllm_timeout)
+        self.source = None  # of what the server is asked, once it has been checked
 
     def shell(self, url="http://127.0.0.1:8000"):
         """The command that starts one at `url`, as one types it."""
@@ -1564,10 +1566,12 @@ class TeacherServer:
     def check(self):
         """UserError with the right command line where the server's flags do not do."""
         self.server.wait()
-        problems, longest = [], self.server.request("GET", "v1/models")["data"][0]["max_model_len"]
-        if longest <= self.max_length:  # there must be room for one more token, which is not used
+        served, problems = self.server.request("GET", "v1/models")["data"][0], []
+        self.source = self.server.url, served["id"], served["root"]
+        if (longest := served["max_model_len"]) <= self.max_length:  # a token more is written, and not used
             problems.append(
-                f"its --max-model-len, {longest}, must be above --max-length, which is {self.max_length}"
+                f"its --max-model-len, {longest}, must be above --max-length, which is {self.max_length}: "
+                f"lower that to {longest - 1}, or raise the other"
             )
         try:
             self.server.request("POST", "inference/v1/generate", json=self.body([0, 0]))
@@ -1622,10 +1626,11 @@ class TeacherServer:
     async def score_all(self, documents):
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(timeout=self.server.timeout, limits=limits) as client:
-            bodies = [self.body(ids.tolist()) for ids, _ in documents]
-            answers = [ask_server(client, self.server, body, Counter()) for body in bodies]
-            said = [answer["prompt_logprobs"] for answer in await asyncio.gather(*answers)]
-        return [self.read_scores(*document, rows) for document, rows in zip(documents, said, strict=True)]
+            return await asyncio.gather(*(self.score_one(client, *document) for document in documents))
+
+    async def score_one(self, client, ids, mask):
+        answer = await ask_server(client, self.server, self.body(ids.tolist()), Counter())
+        return self.read_scores(ids, mask, answer["prompt_logprobs"])  # at once: JSON takes far more memory
 
     def read_scores(self, ids, mask, said):
         """said: for each token a dict, token -> log-prob and rank, or None for the first."""
@@ -1704,7 +1709,7 @@ def teacher_answers(args, make_engine, source, prompts, output_dir, stop_ids, vo
     """The teacher's sample to every prompt -> [Answer, ...]; None if stopped by a signal. They are drawn
     once: kept in --output-dir, in a file named after all that they depend on, and continued where it ends.
     make_engine: called where answers are missing. source: says which teacher it is, and which data."""
-    key = source, args.seed, args.temperature, args.max_completion_length, stop_ids, args.engine
+    key = source, args.seed, args.temperature, args.max_completion_length, stop_ids, vocab_size
     path = output_dir / f"teacher-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.jsonl"
     answers = [None]
     if dist.get_rank() == 0:
@@ -1793,7 +1798,8 @@ def evaluate(policy, data, num_targets, plan, device, caught_signals):
 
 def check_args(args):
     """This script's own checks of its flags."""
-    defaults, samples = type(args)(), args.lmbda > 0 or args.seq_kd
+    defaults, reads_answers = type(args)(), bool(args.eval_dataset) or (args.lmbda < 1 and not args.seq_kd)
+    samples, own_teacher = args.lmbda > 0 or args.seq_kd, args.seq_kd and not is_server(args)
     for name in ("temperature", "max_completion_length", "vllm_timeout", "vllm_gpu_memory_utilization",
                  "vllm_tensor_parallel_size"):  # fmt: skip
         if not 0 < getattr(args, name) < math.inf:
@@ -1825,12 +1831,14 @@ def check_args(args):
             f"--vllm-tensor-parallel-size {args.vllm_tensor_parallel_size} does not divide the {ranks} ranks"
         )
     by_vllm = args.engine == "vllm"
-    starts_server = (by_vllm and not args.vllm_url, "--engine vllm without --vllm-url")
+    starts_server = by_vllm and (own_teacher or not args.vllm_url), "--engine vllm without --vllm-url"
     applies = {  # flag -> whether the others let it count, and what it needs
         "beta": (args.loss_type == "jsd", "--loss-type jsd"),
         "teacher_top_k": (args.loss_type == "jsd", "--loss-type jsd"),
         "seq_kd": (args.lmbda < 1, "--lmbda below 1"),
-        "engine": (samples, "--lmbda above 0, or --seq-kd"),
+        "loss_on": (reads_answers, "--lmbda below 1 without --seq-kd, or --eval-dataset"),
+        "overflow": (reads_answers, "--lmbda below 1 without --seq-kd, or --eval-dataset"),
+        "engine": (args.lmbda or own_teacher, "--lmbda above 0, or --seq-kd with a local --teacher"),
         "max_completion_length": (samples, "--lmbda above 0, or --seq-kd"),
         "vllm_url": (by_vllm and args.lmbda, "--engine vllm, and --lmbda above 0"),
         "vllm_timeout": (by_vllm or is_server(args), "--engine vllm, or a server as --teacher"),
@@ -1852,6 +1860,11 @@ def main(args):
     if their_config:
         check_same_tokens(args, local_difference(tokenizer, load_teacher_tokenizer(args)))
     vocab_size = shared_vocabulary(args, config, their_config, tokenizer)
+    if args.teacher_top_k >= vocab_size:
+        raise UserError(
+            f"--teacher-top-k {args.teacher_top_k} is not below the {vocab_size} ids that both models know; "
+            "leave it out for all of them"
+        )
     max_length = min(check_lengths(args, each) for each in (config, their_config) if each)
     room = None
     if args.lmbda or args.seq_kd:
@@ -1899,11 +1912,11 @@ def main(args):
         stop_ids |= eos_ids(teacher)
     prompts = data.with_format(None, ["prompt_ids"])
     if args.seq_kd:
-        weights = args.teacher if server else weights_digest(teacher)
+        source = server.source if server else (args.engine, weights_digest(teacher))
         their_answers = teacher_answers(
             args,
             functools.partial(teacher_engine, args, server or teacher, max_length, output_dir, device, dtype),
-            (weights, data_digest),
+            (source, data_digest),
             prompts,
             output_dir,
             sorted(stop_ids),

@@ -8,6 +8,7 @@ import sys
 from contextlib import nullcontext as nothing
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ from gkd import ChunkedDivergence, Head, HeadInputs, Scores
 
 TEACHER = str(ASSETS / "teacher")
 URL = "http://127.0.0.1:9"  # where nobody listens
+CHECK = gkd.TeacherServer.check
 BETAS = [0, 0.1, 0.5, 1]
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: see the README's first lines")
 
@@ -677,6 +679,34 @@ def test_the_teachers_samples_are_drawn_once(tmp_path, monkeypatch):
         train(tmp_path / "other", **flags, seed=1)
 
 
+def test_samples_of_another_teacher_are_not_taken(tmp_path, scripted, monkeypatch):
+    """At the same address, a server may have another model; there may be /v1 at its end."""
+    rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:4]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    served, drawn = {"id": "teacher", "root": "one", "max_model_len": 999}, []
+
+    def request(self, method, path, **_):
+        assert self.url == URL
+        return {"data": [served]} if path == "v1/models" else None
+
+    def generate(prompts, *_):
+        drawn.append(served["root"])
+        return [[SimpleNamespace(prompt_ids=ids, ids=[5, 9], is_finished=True)] for ids in prompts]
+
+    engine = SimpleNamespace(generate=generate, stop=lambda: None)
+    monkeypatch.setattr(gkd.TeacherServer, "check", CHECK)
+    monkeypatch.setattr(VLLMServer, "request", request)
+    monkeypatch.setattr(gkd, "teacher_engine", lambda *_: engine)
+    flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "seq_kd": True, "lmbda": 0.0, "teacher_top_k": 4}
+    for root, url, times in (("one", URL, 1), ("one", f"{URL}/v1/", 1), ("two", URL, 2)):
+        served["root"] = root
+        train(tmp_path / "run", teacher=url, max_length=100, **flags)
+        assert len(drawn) == times, (root, url)
+        for path in (tmp_path / "run").iterdir():  # but for the samples, a new run
+            if not path.name.startswith("teacher-"):
+                (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+
+
 def test_a_signal_while_the_teacher_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gkd, "catch_signals", lambda: [15])
     gkd.main(replace(gkd.Args(output_dir=str(tmp_path), seq_kd=True), eval_dataset=(), max_steps=1))
@@ -773,6 +803,7 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
         tokenizer = load_tokenizer(TEACHER)
         server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
         server.check()
+        assert server.source == (running.url, str(teacher), str(teacher))
         assert server.difference(tokenizer) == ""
         other = load_tokenizer(str(copy_of(tmp_path, change=swap_two_ids)))
         assert server.difference(other).startswith("ids, the first of which is 300: ")
@@ -847,6 +878,13 @@ BAD_FLAGS = {
     "a server's whole": ({"teacher": URL}, "gives no whole distributions; add --teacher-top-k 20"),
     "no server": ({"teacher": URL, "teacher_top_k": 9, "vllm_timeout": 0.5, "max_length": 64},
                   r"does not answer[\s\S]*--max-logprobs 20 --max-model-len 65"),
+    "an engine for a server's samples": (
+        {"teacher": URL, "teacher_top_k": 9, "seq_kd": True, "lmbda": 0.0, "engine": "vllm"},
+        "--engine does not apply .* --seq-kd with a local --teacher",
+    ),
+    "answers that nobody reads": ({"lmbda": 1.0, "loss_on": "all"}, "--loss-on does not apply"),
+    "the teacher's answers instead": ({"lmbda": 0.0, "seq_kd": True, "overflow": "error"}, "--overflow does not apply"),
+    "a top k of all": ({"teacher_top_k": 512}, "--teacher-top-k 512 is not below the 512 ids"),
     "no room": ({"max_completion_length": 9000}, "--max-completion-length 9000 leaves no room"),
     "no teacher": ({"teacher": "/nowhere"}, "--teacher /nowhere: its config cannot be loaded"),
 }  # fmt: skip
@@ -858,6 +896,14 @@ def test_bad_flags(tmp_path, name):
     with pytest.raises(UserError, match=message):
         train(tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_for_the_teachers_samples_is_ours_beside_given_ones():
+    """--vllm-url are the student's, so that flags of started servers count."""
+    given = gkd.Args(engine="vllm", vllm_url=(URL,), vllm_gpu_memory_utilization=0.7, seq_kd=True)
+    gkd.check_args(given)
+    with pytest.raises(UserError, match="--vllm-gpu-memory-utilization does not apply"):
+        gkd.check_args(replace(given, seq_kd=False))
 
 
 @pytest.mark.learn
