@@ -1600,6 +1600,7 @@ class TeacherServer:
             return tokenizer.decode(ids) == write(ids)
 
         ids = sorted(tokenizer.get_vocab().values())
+        ids.append(ids[-1] + 1)  # which the teacher must not know, either
         if not writes_as_we_do(ids):
             while len(ids) > 1:  # all ids before these are alike
                 half = ids[: len(ids) // 2]
@@ -1759,7 +1760,7 @@ def teacher_engine(args, teacher, max_length, output_dir, device, dtype):
         server.check()
     engine = VLLMEngine(servers, teacher, dtype)
     if teacher_base(args) != args.teacher:  # the server has the base without the adapter
-        engine.load_weights(teacher.named_parameters(), 0)
+        engine.load_weights(((name, weight.to(device)) for name, weight in teacher.named_parameters()), 0)
     return engine
 
 
