@@ -495,9 +495,9 @@ def test_too_few_embeddings_are_refused(tmp_path):
 # ---- The step --------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def naive_loss(student, teacher, documents, beta, temperature):
-    """Mean divergence over the trained tokens, a document at a time, by the models' own forwards."""
+def naive_step(student, teacher, documents, beta, temperature):
+    """Mean divergence over the trained tokens, a document at a time, by the models' own forwards -> it, and the norm of
+    its gradient."""
     values = []
     for ids, mask in documents:
         ids_BT = torch.tensor([list(ids)])
@@ -505,7 +505,9 @@ def naive_loss(student, teacher, documents, beta, temperature):
             (m(ids_BT).logits[0, :-1].double() / temperature).log_softmax(-1) for m in (student, teacher)
         ]
         values.append(naive(*logps, beta)[torch.tensor(list(mask[1:])).bool()])
-    return torch.cat(values).mean().item()
+    loss = torch.cat(values).mean()
+    gradients = torch.autograd.grad(loss, list(student.parameters()))
+    return loss.item(), torch.stack([grad.norm() for grad in gradients]).norm().item()
 
 
 def both_models():
@@ -514,23 +516,27 @@ def both_models():
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_the_first_loss_is_the_models_divergence_on_data_and_on_samples(tmp_path, beta):
-    """With a temperature, divided by the tokens that were trained, the samples' own where there are samples."""
+    """With a temperature, divided by the tokens that were trained, the samples' own where there are samples, though the
+    data's answers are much longer; and so is its gradient."""
     tokenizer, models = load_tokenizer(TEACHER), both_models()
     rows = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:16]]
+    for row in rows:
+        row["messages"][1]["content"] += " 1234567"
     path = write_rows(tmp_path / "rows.jsonl", rows)
     flags = {"dataset": (path,), "beta": beta, "temperature": 0.8, "max_steps": 1}
     encoded = [encode_distillation(row, tokenizer) for row in rows]
     off = [(row["input_ids"], row["loss_mask"]) for row in encoded]
     (found,) = train(tmp_path / "off", lmbda=0.0, **flags)
-    assert found["loss"] == pytest.approx(naive_loss(*models, off, beta, 0.8), rel=1e-3)
-    (found,) = train(tmp_path / "on", lmbda=1.0, **flags)
+    assert [found["loss"], found["grad_norm"]] == pytest.approx(naive_step(*models, off, beta, 0.8), rel=1e-3)
+    (found,) = train(tmp_path / "on", lmbda=0.99, **flags)
+    assert found["on_policy"] == 1
     said = [json.loads(line) for line in (tmp_path / "on" / "completions.jsonl").read_text().splitlines()]
     on = []
     for row in said:
         prompt = tokenizer(row["prompt"])["input_ids"]
         answer = tokenizer(row["completion"] + "<|im_end|>" * row["is_finished"])["input_ids"]
         on.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
-    assert found["loss"] == pytest.approx(naive_loss(*models, on, beta, 0.8), rel=1e-2)
+    assert [found["loss"], found["grad_norm"]] == pytest.approx(naive_step(*models, on, beta, 0.8), rel=1e-2)
     assert found["completions/mean_length"] == pytest.approx(np.mean([sum(mask) for _, mask in on]), abs=0.2)
 
 
@@ -552,10 +558,31 @@ def test_where_trls_trainer_is_not_followed():
         theirs = [
             GKDTrainer.compute_loss(trainer, models[0], inputs, num_items_in_batch=n).item() for n in (12, 3)
         ]
-    warm, cool = (naive_loss(*models, [(ids, mask)], 0.5, temperature) for temperature in (1.0, 0.8))
+    warm, cool = (naive_step(*models, [(ids, mask)], 0.5, temperature)[0] for temperature in (1.0, 0.8))
     assert theirs[0] == pytest.approx(warm, rel=1e-4)
     assert theirs[1] == pytest.approx(4 * warm, rel=1e-4)
     assert abs(cool / warm - 1) > 0.01
+
+
+def test_a_step_samples_from_its_own_weights_at_the_temperature(tmp_path):
+    """Near 0, where samples are the arg-max: what transformers generates from the model before that step."""
+    rows = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:8]]
+    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "batch_size": 8, "lmbda": 1.0}
+    flags |= {"temperature": 1e-3, "learning_rate": 3e-3, "lr_schedule": "constant", "warmup_steps": 0}
+    for steps in (1, 2):
+        train(tmp_path / str(steps), max_steps=steps, **flags)
+    said = [json.loads(line) for line in (tmp_path / "2" / "completions.jsonl").read_text().splitlines()]
+    tokenizer, answers = load_tokenizer(TEACHER), []
+    for step, path in ((1, ASSETS / "model"), (2, tmp_path / "1" / "final")):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        for row in (row for row in said if row["step"] == step):
+            ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+            (out,) = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16
+            )
+            answers.append(tokenizer.decode(out[len(ids[0]) :], skip_special_tokens=True))
+    assert [row["completion"] for row in said] == answers
+    assert answers[:8] != answers[8:]
 
 
 MODES = {
@@ -694,6 +721,8 @@ def test_the_teachers_samples_are_drawn_once(tmp_path, monkeypatch):
         for one, row in zip(said, rows, strict=True)
     ]
     assert np.mean(right) > 0.9
+    first = gkd.answer_documents([gkd.Answer(**said[row]) for row in gkd.epoch_order(40, 0, 0)[:16]])
+    assert expected[0]["loss"] == pytest.approx(naive_step(*both_models(), first, 0.5, 1.0)[0], rel=1e-3)
 
     (tmp_path / "cut").mkdir()  # a run that was killed while the teacher wrote
     lines = cache.read_text().splitlines(keepends=True)
