@@ -657,3 +657,21 @@ def test_a_command_plays_2048(tmp_path, ranks):
     ] * 4  # the same in a group
     assert len(set(boards)) == 4
     assert all(one["rewards"] == {"environment": 0.0} for one in said)  # the model has never seen a tool
+
+
+@pytest.mark.learn
+def test_grpo_teaches_the_calculator(tmp_path):
+    """The commands of tests/assets/calculator.py: a start that is neither ignorant nor done, then reinforcement alone."""
+    chats, start, end = tmp_path / "chats.jsonl", tmp_path / "start", tmp_path / "end"
+    sft = ["--batch-size", 32, "--learning-rate", 3e-3, "--max-steps", 170]
+    rl = ["--max-completion-length", 100, "--temperature", 0.7, "--max-steps", 20]
+    for script, flags in {
+        "tests/assets/calculator.py": [chats],
+        "sft.py": ["--dataset", chats, *sft, "--output-dir", start],
+        "grpo.py": ["--model", start / "final", "--environment", CALCULATOR, *rl, "--output-dir", end],
+    }.items():
+        result = run(script, *flags, timeout=600)
+        assert result.returncode == 0, result.stderr[-2000:]
+    evals = [row["eval/reward"] for row in read_metrics(end) if "eval/reward" in row]
+    assert 0.05 < evals[0] < 0.6
+    assert evals[-1] > evals[0] + 0.2
