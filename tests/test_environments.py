@@ -663,7 +663,7 @@ def test_a_command_plays_2048(tmp_path, ranks):
 def test_grpo_teaches_the_calculator(tmp_path):
     """The commands of tests/assets/calculator.py: a start that is neither ignorant nor done, then reinforcement alone."""
     chats, start, end = tmp_path / "chats.jsonl", tmp_path / "start", tmp_path / "end"
-    sft = ["--batch-size", 32, "--learning-rate", 3e-3, "--max-steps", 170]
+    sft = ["--batch-size", 32, "--learning-rate", 3e-3, "--lr-schedule", "constant", "--max-steps", 150]
     rl = ["--max-completion-length", 100, "--temperature", 0.7, "--max-steps", 20]
     for script, flags in {
         "tests/assets/calculator.py": [chats],

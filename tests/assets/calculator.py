@@ -1,7 +1,16 @@
-"""A calculator as an environment, and what teaches its form: python tests/assets/calculator.py chats.jsonl
+r"""A calculator as an environment, and what teaches its form: python tests/assets/calculator.py chats.jsonl
 
-The embedded model has never seen a tool call. After some steps of sft.py on the chats that this writes, it makes some
-right ones, and grpo.py --environment tests/assets/calculator.py:Calculator can teach it the rest.
+The embedded model has never seen a tool call. 150 small steps of sft.py on the chats that this writes teach it the
+form, not yet to copy both numbers: 22.8 % of the held-out calls are right, greedily. 20 steps of grpo.py on the
+reward alone take that to 58.4 % (45 and 86 seconds of CPU time, one thread):
+
+    python sft.py --dataset chats.jsonl --batch-size 32 --learning-rate 3e-3 --lr-schedule constant --max-steps 150 \
+        --output-dir runs/form
+    python grpo.py --model runs/form/final --environment tests/assets/calculator.py:Calculator \
+        --max-completion-length 100 --temperature 0.7 --max-steps 20
+
+The start matters: after 165 such steps of sft.py nothing is left to learn (100 %), and where hardly any sample is right
+(3 % after 140 with a linear schedule), ten steps of grpo.py at 3e-5 learn nothing.
 """
 
 import json
