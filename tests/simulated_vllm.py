@@ -10,6 +10,7 @@ faults that a real server cannot be told to have; tests with real servers stand 
 
 import json
 import os
+import queue
 import random
 import signal
 import sys
@@ -51,8 +52,9 @@ class Server:
             args.model, dtype=torch.float32, attn_implementation="varlen"
         )
         self.args, self.engine, self.label, self.asked = args, HFEngine(model), "default", Counter()
-        self.lock, self.is_running = threading.Lock(), threading.Event()
-        self.is_running.set()
+        self.lock, self.is_paused = threading.Lock(), False  # who pauses the server holds the lock
+        self.waiting = queue.SimpleQueue()
+        threading.Thread(target=self.sample, daemon=True).start()
 
     def answer(self, path, body):
         """-> the JSON of an answer."""
@@ -93,25 +95,39 @@ class Server:
                     self.engine.load_weights([(name, weight)], None)
             case "update_weight_version":
                 self.label = body["new_version"]
-            case "pause":
-                with self.lock:  # not in the midst of a completion
-                    self.is_running.clear()
-            case "resume":
-                self.is_running.set()
+            case "pause" if not self.is_paused:
+                self.lock.acquire()  # not in the midst of a completion
+                self.is_paused = True
+            case "resume" if self.is_paused:
+                self.is_paused = False
+                self.lock.release()
             case "inference/v1/generate" if body:  # empty: is the route there?
                 return self.generate(body["token_ids"], body["sampling_params"])
         return {}
 
+    def sample(self):
+        """Requests that wait are sampled together, as far as their settings agree."""
+        while True:
+            batch = [self.waiting.get()]
+            time.sleep(0.002)  # for those that were sent at the same time
+            while not self.waiting.empty():
+                batch.append(self.waiting.get())
+            with self.lock:
+                for settings in {settings for settings, *_ in batch}:
+                    some = [request for request in batch if request[0] == settings]
+                    _, ids, seeds, lengths, answers = zip(*some, strict=True)
+                    n, temperature, stops = settings
+                    keys = [(seed,) for seed in seeds]
+                    groups = self.engine.generate(list(ids), keys, n, list(lengths), temperature, list(stops))
+                    for answer, group in zip(answers, groups, strict=True):
+                        answer.put((group, self.label))
+
     def generate(self, ids, params):
-        seed, began = params.get("seed", 0), time.monotonic()
-        key, stops = [(seed,)], params.get("stop_token_ids", [])
-        temperature = params.get("temperature", 1.0)
-        self.is_running.wait()
-        with self.lock:
-            [group] = self.engine.generate(
-                [ids], key, params.get("n", 1), [params["max_tokens"]], temperature, stops
-            )
-            label = self.label
+        seed, began, answer = params.get("seed", 0), time.monotonic(), queue.SimpleQueue()
+        stops = tuple(params.get("stop_token_ids", []))
+        settings = params.get("n", 1), params.get("temperature", 1.0), stops
+        self.waiting.put((settings, ids, seed, params["max_tokens"], answer))
+        group, label = answer.get()
         latency = self.args.median_seconds * random.Random(seed).lognormvariate(0, self.args.spread)
         time.sleep(max(0.0, began + latency - time.monotonic()))
         return {

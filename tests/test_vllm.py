@@ -423,12 +423,12 @@ class TestRealServer:
         engine = VLLMEngine([real], before, torch.float32)
         params = {"n": 1, "temperature": 1.0, "logprobs": 0, "max_tokens": 400, "seed": 1, "ignore_eos": True}
         body = {"token_ids": PROMPT, "sampling_params": params}
-        for version in range(10, 30, 2):  # until the weights come before the last token
+        for version in range(10, 50, 2):  # until the weights come between the first token and the last
             engine.model = before
             engine.load_weights(before.named_parameters(), version)
             with ThreadPoolExecutor() as pool:
                 answer = pool.submit(real.request, "POST", "inference/v1/generate", json=body)
-                time.sleep(0.1)
+                time.sleep(0.02 * (version - 10) / 2)
                 engine.model = after
                 engine.load_weights(after.named_parameters(), version + 1)
             [found] = answer.result()["choices"]
@@ -446,20 +446,21 @@ class TestRealServer:
     def test_tokens_in_flight_carry_their_versions(self, real, keep_kv):
         """As async_grpo.py's rollout process reads them. With keys and values computed again, log-probs are those that a
         trainer's forward gives under the recorded weights; with kept ones they need not be, but for the first."""
-        models, hot = (
-            [policy_like(ASSETS / "model", 0.5, seed) for seed in (1, 2)],
-            2.0,
-        )  # they hardly ever stop
+        hot = 2.0
+        models = [policy_like(ASSETS / "model", 0.5, seed) for seed in (1, 2)]
+        for model in models:  # they hardly ever stop
+            with torch.no_grad():
+                model.get_output_embeddings().weight[model.generation_config.eos_token_id] = 0
         trainer = VLLMEngine([real], models[0], torch.float32, keep_kv=keep_kv)
         sampler = VLLMEngine([VLLMServer(None, real.url)], in_flight=True, keep_kv=keep_kv)
-        for version in range(40, 60, 2):  # until the weights come before the last token
+        for version in range(50, 90, 2):  # until the weights come between the first token and the last
             trainer.model = models[0]
             trainer.load_weights(models[0].named_parameters(), version)
             sampler.version = version
             with ThreadPoolExecutor() as pool:
-                asked = [PROMPT] * 8, [(version, i) for i in range(8)], 1, [400] * 8, hot, []
+                asked = [PROMPT] * 64, [(version, i) for i in range(64)], 1, [400] * 64, hot, []
                 answer = pool.submit(sampler.generate, *asked)
-                time.sleep(0.2)
+                time.sleep(0.1 * (version - 50) / 2)
                 trainer.model = models[1]
                 trainer.load_weights(models[1].named_parameters(), version + 1)
             rollouts = [rollout for [rollout] in answer.result()]
