@@ -3117,7 +3117,7 @@ class VLLMEngine:
         return Rollout(prompt_ids, choice["token_ids"], logps, is_finished, versions=versions)
 
     def recover(self):
-        """Start again what we started and has died, wait for what has not; all need weights again."""
+        """Start again what we started, wait for what others do; all need weights again."""
         for server in self.servers:
             server.sender, server.is_asleep, self.version = None, False, None
             if server.process is not None:

@@ -4,10 +4,12 @@
 
 It samples with the embedded engine, has honest log-probs, takes weights by gloo, labels them, and answers a request after
 a latency drawn from a log-normal distribution by the request's seed; requests do not wait for each other. `--die-at ROUTE`
-ends it as kill -9 would when ROUTE is asked for the `--die-after`-th time. It holds the benchmark of asynchrony and the
+ends it as kill -9 would when ROUTE is asked for the `--die-after`-th time; every `--refuse-every`-th generation is refused
+with the HTTP status `--refuse-with`. It holds the benchmark of asynchrony and the
 faults that a real server cannot be told to have; tests with real servers stand in test_vllm.py and test_async.py.
 """
 
+import itertools
 import json
 import os
 import queue
@@ -42,6 +44,8 @@ class Args:
     """Standard deviation of the logarithm of latencies."""
     die_at: str = ""
     die_after: int = 1
+    refuse_every: int = 0
+    refuse_with: int = 500
 
 
 class Server:
@@ -146,13 +150,16 @@ class Server:
 def main(args):
     server = Server(args)
     torch.set_num_threads(1)
+    answers = itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
         def answer(self):
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             said = server.answer(self.path.lstrip("/").partition("?")[0], json.loads(body or "null"))
-            text = json.dumps(said).encode()
-            self.send_response(200)
+            text, status = json.dumps(said).encode(), 200
+            if "choices" in said and args.refuse_every and next(answers) % args.refuse_every == 0:
+                status = args.refuse_with
+            self.send_response(status)
             self.send_header("content-length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)

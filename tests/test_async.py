@@ -13,6 +13,7 @@ import time
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from conftest import ASSETS, ROOT, assert_same_curve, kill, read_metrics, run, start, wait_for_step, weights
@@ -405,6 +406,31 @@ def test_a_server_that_dies_anywhere_gets_its_weights_again(tmp_path, route, aft
         not max_staleness
     ):  # the sampler is the policy: after a step or two other weights would be 0.01 and more apart
         assert max(row["sampling/sampling_logp_difference/max"] for row in rows) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--keep-kv"]])
+def test_two_servers_that_refuse(tmp_path, more):
+    """What one says with 5xx is asked again, what the other says with 4xx costs its prompt, and both get the weights."""
+    ports = [free_port(), free_port()]
+    servers = [
+        simulated_server(port, "--median-seconds", 0.05, "--refuse-every", 9, "--refuse-with", status)
+        for port, status in zip(ports, (503, 400), strict=True)
+    ]
+    flags = [*SHORT, "--engine", "vllm", "--vllm-url", *(f"http://127.0.0.1:{port}" for port in ports), *more]
+    flags += ["--max-length", "256", "--max-staleness", "2", "--max-failed-rewards", "0.9"]
+    try:
+        done = run("async_grpo.py", *flags, "--output-dir", tmp_path)
+        last = [httpx.get(f"http://127.0.0.1:{port}/weight_info").json()["weight_version"] for port in ports]
+    finally:
+        for server in servers:
+            server.kill()
+    assert done.returncode == 0, done.stderr
+    check_prompts(tmp_path, 6)
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["rollout/retried/503"] > 0
+    assert rows[-1]["rollout/dropped/refused"] > 0
+    assert last == ["5", "5"], "no weights are sent for nothing at the end"
 
 
 # ---- Real servers ------------------------------------------------------------------------------------------
