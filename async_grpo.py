@@ -81,6 +81,7 @@ from common import (
     EngineError,
     EnvironmentWorker,
     HFEngine,
+    RefusedError,
     RewardWorker,
     ServerNeeds,
     UserError,
@@ -1974,7 +1975,7 @@ class RolloutLoop:
             try:
                 groups = await self.sample(rows, cursors, args.num_generations, args.temperature)
             except UserError as error:
-                if isinstance(error, EngineError):
+                if isinstance(error, EngineError) and not isinstance(error, RefusedError):
                     raise
                 why = f"row {rows[0]['row']} of {rows[0]['source']}: {error}"  # refused by the server
                 groups, failures, signals = [[] for _ in slots], Counter(), [False] * len(slots)

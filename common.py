@@ -2678,6 +2678,10 @@ class EngineError(UserError):
     status = None  # of the HTTP answer, if there was one
 
 
+class RefusedError(EngineError):
+    """A generation server says that a prompt is wrong; it may take others."""
+
+
 @dataclass(frozen=True)
 class ServerNeeds:
     """What a vLLM server must be started with."""
@@ -2813,7 +2817,8 @@ class VLLMServer:
     def request(self, method, path, seconds=None, **kwargs):
         """-> the JSON of the answer; EngineError where none comes in time, or one that tells of a failure."""
         try:
-            answer = httpx.request(method, f"{self.url}/{path}", timeout=seconds or self.timeout, **kwargs)
+            options = {"timeout": seconds or self.timeout, "verify": tls_context(), **kwargs}
+            answer = httpx.request(method, f"{self.url}/{path}", **options)
         except httpx.HTTPError as error:
             raise EngineError(f"the vLLM server {self.url} does not answer /{path}: {error!r}") from error
         if answer.status_code != 200:
@@ -2965,12 +2970,8 @@ class GlooSender:
         )
 
     def send(self, weights, deadline):
-        names, dtypes = (
-            list(weights),
-            [str(weight.dtype).removeprefix("torch.") for weight in weights.values()],
-        )
-        shapes = [list(weight.shape) for weight in weights.values()]
-        info = {"names": names, "dtype_names": dtypes, "shapes": shapes}
+        info = {"names": list(weights), "shapes": [list(weight.shape) for weight in weights.values()]}
+        info["dtype_names"] = [str(weight.dtype).removeprefix("torch.") for weight in weights.values()]
 
         def broadcast():
             for weight in weights.values():
@@ -3159,7 +3160,7 @@ async def ask_server(client, server, body, retries, is_spoilt=None):
                 if not (is_spoilt and is_spoilt(found["choices"])):
                     return found
             elif answer.status_code < 500:
-                raise UserError(f"the vLLM server {server.url} refuses a prompt with {problem}")
+                raise RefusedError(f"the vLLM server {server.url} refuses a prompt with {problem}")
         except httpx.HTTPError as error:
             kind, problem = type(error).__name__, repr(error)
         patience = 0.0 if kind == "ReadTimeout" else server.timeout  # that one had its time already

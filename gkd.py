@@ -92,6 +92,7 @@ from common import (
     parse_source,
     prepare_data,
     split_batch,
+    tls_context,
 )
 
 ASSETS = Path(__file__).resolve().parent / "tests" / "assets"
@@ -1626,7 +1627,8 @@ class TeacherServer:
 
     async def score_all(self, documents):
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=self.server.timeout, limits=limits) as client:
+        options = {"verify": tls_context(), "timeout": self.server.timeout, "limits": limits}
+        async with httpx.AsyncClient(**options) as client:
             return await asyncio.gather(*(self.score_one(client, *document) for document in documents))
 
     async def score_one(self, client, ids, mask):
@@ -1642,7 +1644,7 @@ class TeacherServer:
         ids_NK = torch.tensor([int(id) for row in ranked for id, _ in row]).long().view(shape)
         logps_NK = torch.tensor([one["logprob"] for row in ranked for _, one in row]).double().view(shape)
         if len(places) and (most := ids_NK.max()) >= self.vocab_size:
-            raise UserError(
+            raise EngineError(
                 f"--teacher-top-k {self.k}: among the likeliest of the teacher is id {most}, of no token; "
                 "lower it"
             )

@@ -153,6 +153,8 @@ def main(args):
     answers = itertools.count(1)
 
     class Handler(BaseHTTPRequestHandler):
+        wbufsize, protocol_version = -1, "HTTP/1.1"  # an answer is one packet, of a connection that stays
+
         def answer(self):
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             said = server.answer(self.path.lstrip("/").partition("?")[0], json.loads(body or "null"))
