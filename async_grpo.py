@@ -159,7 +159,7 @@ class Args:
     micro_batch_tokens: int = 8192
     """Most packed tokens in one forward on one rank. Out of memory? Lower it: the maths does not change."""
     epochs: int = 1
-    """Passes over the data."""
+    """Passes over the prompts; the last step of each is filled from the next."""
     max_steps: int | None = None
     """Optimizer steps; takes precedence over --epochs."""
     learning_rate: float = 1e-4

@@ -3,13 +3,18 @@
     python tests/benchmarks/async_vs_sync.py [STEPS] [ROUNDS]
 
 On two cores a real server and a trainer would only share them. tests/simulated_vllm.py samples real completions by the
-embedded model, in a fraction of the latency that it then has: log-normal, its scale such that generation of a batch and a
-training step cost the same. The same steps (40) of the default job (256 samples), alternating, each with a server of its
-own; medians of the rounds (1). Writes results/async_vs_sync_cpu.json.
+embedded model, and answers a request after a log-normal latency, scaled such that a step of grpo.py spends as long on
+rollouts (sync, sampling, rewards) as on training. The same steps (80) of the default job (256 samples, in small
+micro-batches, one thread a process), alternating, each with a server of its own; medians of the rounds (1). Writes
+results/async_vs_sync_cpu.json.
 """
 
+import itertools
 import json
+import math
+import os
 import random
+import socket
 import statistics
 import subprocess
 import sys
@@ -18,13 +23,16 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-STEPS, ROUNDS = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 40), (2, 1)))
-SPREAD, PORT = 1.0, 8765
+STEPS, ROUNDS = (int(sys.argv[i]) if len(sys.argv) > i else default for i, default in ((1, 80), (2, 1)))
+SPREAD, REWARD, WARM = 1.0, 0.5, 5
 JOBS = ["grpo.py", *(f"async_grpo.py --max-staleness {k}" for k in (1, 2, 4))]
 
 
-def one_run(script, median_seconds, port):
-    """Steady seconds of a step, and the held-out reward at the end."""
+def one_run(script, median_seconds, num_steps=STEPS):
+    """Steady seconds of a step and its parts, and how soon the mean reward of five steps is REWARD."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "simulated_vllm.py"), "--model", str(ROOT / "tests/assets/model"),
          "--port", str(port), "--median-seconds", str(median_seconds), "--spread", str(SPREAD)]
@@ -32,58 +40,70 @@ def one_run(script, median_seconds, port):
     try:
         with tempfile.TemporaryDirectory() as directory:
             words = [sys.executable, *f"{ROOT}/{script}".split(), "--engine", "vllm", "--vllm-url"]
-            words += [f"http://127.0.0.1:{port}", "--max-length", "256", "--max-steps", str(STEPS)]
-            words += ["--eval-every", "0", "--wandb", "disabled", "--output-dir", f"{directory}/run"]
-            subprocess.run(words, check=True, capture_output=True)
-            rows = [
-                json.loads(line) for line in (Path(directory) / "run/metrics.jsonl").read_text().splitlines()
-            ]
+            words += [f"http://127.0.0.1:{port}", "--max-length", "128", "--micro-batch-tokens", "128"]
+            words += ["--max-steps", str(num_steps), "--eval-every", "0", "--wandb", "disabled"]
+            words += ["--output-dir", f"{directory}/run"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            subprocess.run(words, check=True, capture_output=True, env=environment)
+            lines = (Path(directory) / "run/metrics.jsonl").read_text().splitlines()
     finally:
         server.kill()
         server.wait()
-    steps = [row for row in rows if "loss" in row][5:]
-    return {
-        "seconds": statistics.mean(row["step_seconds"] for row in steps),
-        "train_seconds": statistics.mean(row["train_seconds"] for row in steps),
-        "tokens_per_second": sum(row["completions/mean_length"] * 256 for row in steps)
-        / sum(row["step_seconds"] for row in steps),
+    rows = [json.loads(line) for line in lines]
+    steps = [row for row in rows if "loss" in row]
+    rewards, clock = (
+        [row["reward"] for row in steps],
+        [*itertools.accumulate(r["step_seconds"] for r in steps)],
+    )
+    good = [i for i in range(4, len(steps)) if statistics.mean(rewards[i - 4 : i + 1]) >= REWARD]
+    print(
+        f"{script}: sampled reward {statistics.mean(rewards[:5]):.3f} -> {statistics.mean(rewards[-5:]):.3f}",
+        flush=True,
+    )
+    steady = steps[WARM:]
+    found = {name: statistics.mean(row[name] for row in steady) for name in ("step_seconds", "train_seconds")}
+    tokens = sum(row["completions/mean_length"] * 256 for row in steady)
+    found |= {"tokens_per_second": tokens / sum(row["step_seconds"] for row in steady)}
+    found |= {
+        "seconds_to_reward": clock[good[0]] if good else math.nan,
         "eval/reward": rows[-1]["eval/reward"],
-        "staleness": statistics.mean(row.get("sample/staleness_mean", 0.0) for row in steps),
     }
+    found |= {"staleness": statistics.mean(row.get("sample/staleness_mean", 0.0) for row in steady)}
+    return found
 
 
-def mean_of_slowest(count, spread):
+def mean_of_slowest(count):
     """Of so many latencies with median 1, by simulation."""
     draw = random.Random(0)
-    return statistics.mean(max(draw.lognormvariate(0, spread) for _ in range(count)) for _ in range(1000))
+    return statistics.mean(max(draw.lognormvariate(0, SPREAD) for _ in range(count)) for _ in range(1000))
 
 
 def main():
-    train_seconds = one_run("grpo.py", 0.0, PORT)["seconds"]
-    median = train_seconds / mean_of_slowest(32, SPREAD)
+    slowest, guess = mean_of_slowest(32), 0.05
+    found = one_run("grpo.py", guess, 25)
+    rest = found["step_seconds"] - found["train_seconds"] - guess * slowest
+    median = max(0.0, found["train_seconds"] - rest) / slowest
     print(
-        f"a step without latency takes {train_seconds:.2f} s; the median latency is {median:.2f} s",
+        f"training takes {found['train_seconds']:.2f} s a step; the median latency is {median:.3f} s",
         flush=True,
     )
-    found = {job: [] for job in JOBS}
-    for number in range(ROUNDS):
-        for place, job in enumerate(JOBS):
-            found[job].append(one_run(job, median, PORT + 1 + number * len(JOBS) + place))
-            print(job, found[job][-1], flush=True)
+    runs = {job: [] for job in JOBS}
+    for _, job in itertools.product(range(ROUNDS), JOBS):
+        runs[job].append(one_run(job, median))
+        print(job, runs[job][-1], flush=True)
     rows = {
-        job: {name: statistics.median(each[name] for each in runs) for name in runs[0]}
-        for job, runs in found.items()
+        job: {name: statistics.median(each[name] for each in some) for name in some[0]}
+        for job, some in runs.items()
     }
+    print(
+        "| job | step | of it training | tokens/s | to a reward of 0.5 | held-out reward |\n|---|--:|--:|--:|--:|--:|"
+    )
     for job, row in rows.items():
-        ratio = rows["grpo.py"]["seconds"] / row["seconds"]
-        print(f"| `{job}` | {row['seconds']:.2f} s | {ratio:.2f} | {row['eval/reward']:.3f} |")
-    record = {
-        "steps": STEPS,
-        "rounds": ROUNDS,
-        "median_latency": median,
-        "step_without_latency": train_seconds,
-    }
-    record |= {"jobs": rows}
+        ratio, soon = (rows["grpo.py"][name] / row[name] for name in ("step_seconds", "seconds_to_reward"))
+        print(f"| `{job}` | {row['step_seconds']:.2f} s ({ratio:.2f}x) | {row['train_seconds']:.2f} s | "
+              f"{row['tokens_per_second']:,.0f} | {row['seconds_to_reward']:.0f} s ({soon:.2f}x) | "
+              f"{row['eval/reward']:.3f} |")  # fmt: skip
+    record = {"steps": STEPS, "rounds": ROUNDS, "median_latency": median, "jobs": rows}
     (HERE / "results" / "async_vs_sync_cpu.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
