@@ -157,7 +157,7 @@ class Args:
     micro_batch_tokens: int = 8192
     """Most packed tokens in one forward on one rank. Out of memory? Lower it: the maths does not change."""
     epochs: int = 1
-    """Passes over the prompts; the last step of each is filled from the next."""
+    """Passes over the data."""
     max_steps: int | None = None
     """Optimizer steps; takes precedence over --epochs."""
     learning_rate: float = 1e-4
@@ -203,7 +203,7 @@ class Args:
 
     # --- generation
     num_generations: int = 8
-    """Samples of each prompt; --batch-size counts samples."""
+    """Samples of each prompt; --batch-size counts samples. An epoch's last step is filled from the next."""
     max_completion_length: int = 16
     """Most tokens of a completion."""
     temperature: float = 1.0
