@@ -253,7 +253,7 @@ class Args:
     proximal: Literal["trainer", "sampler"] = "trainer"
     """What ratios are taken to: the policy at the step's beginning, or what sampled the tokens."""
     rollout_timeout: float = 1200.0
-    """Seconds in which some group must be finished; the run stops with a checkpoint otherwise."""
+    """Seconds in which some group, or an evaluation, must be done; else the run stops with a checkpoint."""
 
     # --- algorithm
     loss_type: LossType = "dapo"

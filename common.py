@@ -1736,14 +1736,15 @@ def reward_model(path, _):
     if not np.allclose([scores([ids])[0] for ids in probes], own, 0, tolerance):
         raise UserError(f"{path}: its score is not a linear layer on the last token's hidden state")
     rope = str(getattr(text, "rope_parameters", ""))  # that of these two depends on the length of a row
-    alone = "longrope" in rope or "dynamic" in rope or not np.allclose(scores(probes), own, 0, tolerance)
+    packed = scores(probes)
+    leak = abs(packed[1] - scores([probes[0][::-1], probes[1]])[1])  # nothing at all, if rows are kept apart
+    alone = leak > 1e-5 or not np.allclose(packed, own, 0, tolerance)
+    alone = alone or "longrope" in rope or "dynamic" in rope
 
     def reward(prompts, completions, tools=None, **_):
         documents = list(map(ids_of, prompts, completions, tools or itertools.repeat(None)))
-        values, places = (
-            np.full(len(documents), np.nan),
-            [place for place, ids in enumerate(documents) if ids],
-        )
+        values = np.full(len(documents), np.nan)
+        places = [place for place, ids in enumerate(documents) if ids]
         lengths = [len(documents[place]) for place in places]
         for chosen in split_batch(lengths, 1, max(8192, *lengths), alone)[0] if places else []:
             some = [places[index] for index in chosen]
@@ -1770,10 +1771,9 @@ def load_scorer(path, device):
             num_labels=1,
             dtype=torch.float32 if device.type == "cpu" else torch.bfloat16,
         )
-        try:
-            model = load(attn_implementation="varlen")
-        except ValueError:  # an architecture that knows no attention but its own
-            model = load()
+        model = load()
+        if model._supports_attention_backend:  # else it knows no attention but its own
+            model.set_attn_implementation("varlen")
     except Exception as error:  # hub, file and format errors alike
         raise UserError(f"{path} cannot be loaded as a reward model: {error}") from error
     return model.to(device).eval()

@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASSETS, SHORT, read_metrics, write_rows
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BloomConfig,
+    BloomForSequenceClassification,
+)
 from trl.rewards import (
     accuracy_reward,
     get_cosine_scaled_reward,
@@ -311,6 +316,20 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
     assert [math.isnan(value) for value in values] == [False, True, True]
     assert packings == {rope is not None}
     assert np.isnan(reward(prompts=["1"], completions=[""])).all()
+
+
+def test_reward_model_that_leaks_between_rows_scores_each_alone(tmp_path):
+    """BLOOM's own attention does, and a new head's scores hide it from any tolerance for rounding."""
+    config = BloomConfig(
+        vocab_size=512, hidden_size=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=0, eos_token_id=2
+    )
+    torch.manual_seed(0)
+    BloomForSequenceClassification(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    prompts, said = ["1+1=", "20+22=", "3+4="] * 4, [str(n) for n in range(12)]
+    values = load_reward(f"reward-model:{tmp_path}")(prompts=prompts, completions=said)
+    assert values == pytest.approx(scores_of(model, tmp_path, prompts, said), abs=1e-6)
 
 
 def marked(model):
