@@ -271,12 +271,22 @@ def test_resume_without_staleness_is_exact_and_nothing_is_trained_twice(tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_run_with_staleness_goes_on_with_what_it_had_not_trained(tmp_path):
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_a_killed_run_with_staleness_goes_on_with_what_it_had_not_trained(tmp_path, engine):
+    """A server goes on meanwhile, with what it was asked, and perhaps in the midst of an update."""
     flags = [*FLAGS, "--eval-dataset", "--max-steps", "16", "--max-staleness", "2", "--save-every", "2"]
-    process = start("async_grpo.py", *flags, "--output-dir", tmp_path)
-    wait_for_step(process, tmp_path, 5)
-    kill(process, tmp_path)
-    done = run("async_grpo.py", *flags, "--output-dir", tmp_path, "--resume")
+    server, port = None, free_port()
+    if engine == "vllm":
+        server = simulated_server(port, "--median-seconds", 0.1)
+        flags += ["--engine", "vllm", "--vllm-url", f"http://127.0.0.1:{port}", "--max-length", "256"]
+    try:
+        process = start("async_grpo.py", *flags, "--output-dir", tmp_path)
+        wait_for_step(process, tmp_path, 5)
+        kill(process, tmp_path)
+        done = run("async_grpo.py", *flags, "--output-dir", tmp_path, "--resume")
+    finally:
+        if server:
+            server.kill()
     assert done.returncode == 0, done.stderr
     check_prompts(tmp_path, 16)
     rows = [row for row in read_metrics(tmp_path) if "loss" in row]
@@ -431,6 +441,23 @@ def test_two_servers_that_refuse(tmp_path, more):
     assert rows[-1]["rollout/retried/503"] > 0
     assert rows[-1]["rollout/dropped/refused"] > 0
     assert last == ["5", "5"], "no weights are sent for nothing at the end"
+
+
+@pytest.mark.slow
+def test_an_environment_plays_on_a_server(tmp_path):
+    """Episodes of which each has a process, while weights change."""
+    port = free_port()
+    server = simulated_server(port, "--median-seconds", 0.05, "--max-model-len", 512)
+    flags = [*FLAGS, "--eval-dataset", "--max-steps", "3", "--max-staleness", "1", "--engine", "vllm"]
+    flags += ["--vllm-url", f"http://127.0.0.1:{port}", "--max-length", "400"]
+    flags += ["--environment", f"{ASSETS / 'calculator.py'}:Calculator", "--max-completion-length", "60"]
+    try:
+        done = run("async_grpo.py", *flags, "--output-dir", tmp_path)
+    finally:
+        server.kill()
+    assert done.returncode == 0, done.stderr
+    check_prompts(tmp_path, 3)
+    assert {row["failed_rewards"] for row in read_metrics(tmp_path)} == {0}
 
 
 # ---- Real servers ------------------------------------------------------------------------------------------
