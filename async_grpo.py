@@ -2427,7 +2427,7 @@ def main(args):
     torch.manual_seed(args.seed)
     # --- end shared ---
     num_threads = torch.get_num_threads()
-    if device.type == "cpu" and args.engine == "hf" and args.max_staleness:  # both compute at the same time
+    if device.type == "cpu" and args.max_staleness and not args.vllm_url:  # both compute at the same time
         num_threads = max(1, num_threads // 2)
         torch.set_num_threads(num_threads)
     data_digest = rows_digest(data)
