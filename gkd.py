@@ -1134,8 +1134,8 @@ def load_checkpoint(path, policy, optimizer, **frozen):
     return progress
 
 
-def check_resumable(output_dir, args, data_digest):
-    """Refuse to resume a run whose flags or data would make it another training."""
+def check_resumable(output_dir, args, data_digest, may_change=RUN_FLAGS):
+    """Refuse to resume a run whose data, or flags but those that may change, make it another training."""
     if not (output_dir / "args.json").exists():
         return
     try:
@@ -1143,7 +1143,7 @@ def check_resumable(output_dir, args, data_digest):
         given, data_before = before["args"], before["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {output_dir / 'args.json'} is damaged: {error!r}") from error
-    changed = [name for name in now if name not in RUN_FLAGS and given.get(name) != now[name]]
+    changed = [name for name in now if name not in may_change and given.get(name) != now[name]]
     if changed:
         lines = "\n".join(f"  {flag(name)} was {given.get(name)}, is {now[name]}" for name in changed)
         raise UserError(f"--resume: {output_dir} was begun with other flags; give the same:\n{lines}")
@@ -1568,7 +1568,7 @@ class TeacherServer:
         """UserError with the right command line where the server's flags do not do."""
         self.server.wait()
         served, problems = self.server.request("GET", "v1/models")["data"][0], []
-        self.source = self.server.url, served["id"], served["root"]
+        self.source = served["id"], served["root"]
         if (longest := served["max_model_len"]) <= self.max_length:  # a token more is written, and not used
             problems.append(
                 f"its --max-model-len, {longest}, must be above --max-length, which is {self.max_length}: "
@@ -1969,7 +1969,8 @@ def main(args):
     # ---- Resume, report ----
     progress = {"step": 0, "tokens": 0, "on_policy_steps": 0}
     if args.resume:
-        check_resumable(output_dir, args, data_digest)
+        may_change = [*RUN_FLAGS, "teacher"] if is_server(args) else RUN_FLAGS  # a server may have moved
+        check_resumable(output_dir, args, data_digest, may_change)
         if checkpoints := complete_checkpoints(output_dir):
             progress = load_checkpoint(checkpoints[-1], policy, optimizer)
         if rank == 0:

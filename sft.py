@@ -889,8 +889,8 @@ def load_checkpoint(path, policy, optimizer, **frozen):
     return progress
 
 
-def check_resumable(output_dir, args, data_digest):
-    """Refuse to resume a run whose flags or data would make it another training."""
+def check_resumable(output_dir, args, data_digest, may_change=RUN_FLAGS):
+    """Refuse to resume a run whose data, or flags but those that may change, make it another training."""
     if not (output_dir / "args.json").exists():
         return
     try:
@@ -898,7 +898,7 @@ def check_resumable(output_dir, args, data_digest):
         given, data_before = before["args"], before["data"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--resume: {output_dir / 'args.json'} is damaged: {error!r}") from error
-    changed = [name for name in now if name not in RUN_FLAGS and given.get(name) != now[name]]
+    changed = [name for name in now if name not in may_change and given.get(name) != now[name]]
     if changed:
         lines = "\n".join(f"  {flag(name)} was {given.get(name)}, is {now[name]}" for name in changed)
         raise UserError(f"--resume: {output_dir} was begun with other flags; give the same:\n{lines}")

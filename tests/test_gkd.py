@@ -868,6 +868,10 @@ def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, scripted):
         train(tmp_path / "run", **flags)
     gkd.dist.destroy_process_group()
     scripted.fails_at = math.inf
+    with pytest.raises(UserError, match=r"--teacher was http.*, is "):
+        train(tmp_path / "run", resume=True, **flags | {"teacher": TEACHER})
+    gkd.dist.destroy_process_group()
+    flags["teacher"] = "http://127.0.0.1:9"  # it was started again elsewhere
     assert train(tmp_path / "run", resume=True, **flags) == straight
 
 
@@ -894,7 +898,7 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
         tokenizer = load_tokenizer(TEACHER)
         server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
         server.check()
-        assert server.source == (running.url, str(teacher), str(teacher))
+        assert server.source == (str(teacher), str(teacher))
         assert server.difference(tokenizer) == ""
         other = load_tokenizer(str(copy_of(tmp_path, change=swap_two_ids)))
         assert server.difference(other).startswith("ids, the first of which is 300: ")

@@ -29,7 +29,8 @@ JOBS = ["grpo.py", *(f"async_grpo.py --max-staleness {k}" for k in (1, 2, 4))]
 
 
 def one_run(script, median_seconds, num_steps=STEPS):
-    """Steady seconds of a step and its parts, and how soon the mean reward of five steps is REWARD."""
+    """Steady seconds of a step and its parts, and how soon after the first step, which has the start of processes
+    in it, the mean reward of five steps is REWARD."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,10 +52,8 @@ def one_run(script, median_seconds, num_steps=STEPS):
         server.wait()
     rows = [json.loads(line) for line in lines]
     steps = [row for row in rows if "loss" in row]
-    rewards, clock = (
-        [row["reward"] for row in steps],
-        [*itertools.accumulate(r["step_seconds"] for r in steps)],
-    )
+    rewards = [row["reward"] for row in steps]
+    clock = [0.0, *itertools.accumulate(row["step_seconds"] for row in steps[1:])]
     good = [i for i in range(4, len(steps)) if statistics.mean(rewards[i - 4 : i + 1]) >= REWARD]
     print(
         f"{script}: sampled reward {statistics.mean(rewards[:5]):.3f} -> {statistics.mean(rewards[-5:]):.3f}",
