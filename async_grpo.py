@@ -1871,9 +1871,9 @@ class RolloutLoop:
     """Samples and judges prompts in their order, a group for each slot that the trainer grants.
 
     From the trainer: ("grant", slots, version), ("evaluate", version), ("stop",). To it: ("ready",),
-    ("group", slot, group, failures, news), ("again", slot, version, cursor, group, failures, why, news) where
-    another prompt takes the slot, ("evaluated", version, (groups, failures)), ("refused", text), ("error",
-    traceback).
+    ("judged", messages) of ("group", slot, group, failures, news) or ("again", slot, version, cursor, group,
+    failures, why, news) where another prompt takes the slot, ("evaluated", version, (groups, failures)),
+    ("refused", text), ("error", traceback).
     """
 
     PLAYERS = 8  # environment processes beside vLLM; each plays a group at a time
@@ -1890,10 +1890,9 @@ class RolloutLoop:
         """Until it fails, of which the trainer hears at once: threads may go on for long."""
         try:
             await self.serve()
-        except* EngineError as group:  # it may be mended
-            self.send("error", str(group.exceptions[0]))
         except* UserError as group:
-            self.send("refused", str(group.exceptions[0]))
+            may_be_mended = type(group.exceptions[0]) is EngineError
+            self.send("error" if may_be_mended else "refused", str(group.exceptions[0]))
         except* Exception:
             self.send("error", traceback.format_exc())
         os._exit(1)
@@ -1974,24 +1973,24 @@ class RolloutLoop:
             rows = data.select([epoch_order(n, args.seed, c // n)[c % n] for c in cursors])
             try:
                 groups = await self.sample(rows, cursors, args.num_generations, args.temperature)
-            except UserError as error:
-                if isinstance(error, EngineError) and not isinstance(error, RefusedError):
-                    raise
-                why = f"row {rows[0]['row']} of {rows[0]['source']}: {error}"  # refused by the server
+            except RefusedError as error:
+                why = f"row {rows[0]['row']} of {rows[0]['source']}: {error}"
                 groups, failures, signals = [[] for _ in slots], Counter(), [False] * len(slots)
             else:
                 groups, failures = await self.judge(rows, cursors, groups)
                 attempts, why = attempts + 1, "zero variance"
                 is_final = args.zero_variance != "replace" or attempts > args.max_replacements
                 signals = [True] * len(slots) if is_final else have_signal(groups, args)
-            again = []
+            again, messages = [], []  # sent together: the first has the failures of all
             for slot, cursor, group, counts in zip(slots, cursors, groups, signals, strict=True):
                 if counts:
-                    self.send("group", slot, group, failures, self.news())
+                    messages.append(("group", slot, group, failures, self.news()))
                 else:
-                    self.send("again", slot, self.version, cursor, group, failures, why, self.news())
+                    found = slot, self.version, cursor, group, failures, why, self.news()
+                    messages.append(("again", *found))
                     again.append(slot)
-                failures = Counter()  # the first message has those of all
+                failures = Counter()
+            self.send("judged", messages)
             slots = again
 
     async def evaluate(self, version):
@@ -2176,6 +2175,10 @@ class RolloutProcess:
 
     def take_in(self, message):
         match message:
+            case "judged", messages:
+                for each in messages:
+                    self.take_in(each)
+                return
             case "group", slot, group, failures, news:
                 self.pacer.finished[slot] = Finished(group, time.monotonic())
                 self.failures += failures
@@ -2509,6 +2512,8 @@ def main(args):
         started again once, and gets them; then the run stops."""
         nonlocal unchecked
         for attempts_left in (1, 0):
+            if any_rank(caught_signals):  # wait_for stops the run
+                return
             problem, unchecked = None, max(unchecked, int(is_lost))
             if is_lost:
                 _, problem = try_engine(engine.recover)
@@ -2527,6 +2532,8 @@ def main(args):
             if attempts_left and rank == 0:
                 bar.write(f"step {step}: {problem}; it is tried once more")
             is_lost = bool(servers)
+            if rank == 0 and not servers:  # its process has ended, perhaps with the lock
+                try_engine(rollouts.restart, problem)
         stop_here(problem)
 
     def wait_for(step, ready):
@@ -2603,7 +2610,8 @@ def main(args):
         assert all(0 <= age <= args.max_staleness for age in ages), f"step {step} has tokens of ages {ages}"
         some = [s for s in samples if s.logps][:8]
         if step == 0 and some:
-            check_log_probs(args, some, unwrap(policy), device, "try --engine vllm")
+            remedy = "try --engine hf" if servers else "try --engine vllm"
+            check_log_probs(args, some, unwrap(policy), device, remedy)
         plan = plan_samples(kept, world_size, args.micro_batch_tokens, packing)
         if reference is not None:
             with adapter(policy, reference):

@@ -3159,10 +3159,10 @@ async def ask_server(client, server, body, retries, is_spoilt=None):
                 problem = "it lost the trainer's weights meanwhile"
                 if not (is_spoilt and is_spoilt(found["choices"])):
                     return found
-            elif answer.status_code < 500:
+            elif answer.status_code < 500 and answer.status_code not in (408, 425, 429):
                 raise RefusedError(f"the vLLM server {server.url} refuses a prompt with {problem}")
         except httpx.HTTPError as error:
-            kind, problem = type(error).__name__, repr(error)
+            kind, problem = type(error).__name__, f"{error!r} in {server.timeout:g} s (--vllm-timeout)"
         patience = 0.0 if kind == "ReadTimeout" else server.timeout  # that one had its time already
         deadline = min(deadline, time.monotonic() + patience)
         if server.is_dead() or time.monotonic() >= deadline:

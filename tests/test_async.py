@@ -325,6 +325,34 @@ def test_a_killed_rollout_process_is_started_again_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_weights_that_a_dead_rollout_process_holds(tmp_path):
+    """One that ended while it read them is started again, and so are the weights written."""
+    (tmp_path / "wrapper.py").write_text(
+        f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import async_grpo, tyro
+write = async_grpo.SharedWeights.write
+failing = [3]
+
+def write_late(self, weights, version):
+    if version in failing:
+        list(weights)
+        raise async_grpo.EngineError(f"held at {{failing.pop()}}")
+    write(self, weights, version)
+
+async_grpo.SharedWeights.write = write_late
+if __name__ == "__main__":
+    async_grpo.main(tyro.cli(async_grpo.Args))
+"""
+    )
+    done = run(tmp_path / "wrapper.py", *SHORT, "--output-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "the rollout process failed and is started again: held at 3" in done.stdout
+    check_prompts(tmp_path / "run", 6)
+
+
+@pytest.mark.slow
 def test_a_reward_that_hangs_costs_its_samples_only(tmp_path):
     reward = tmp_path / "reward.py"
     reward.write_text(
@@ -441,6 +469,22 @@ def test_two_servers_that_refuse(tmp_path, more):
     assert rows[-1]["rollout/retried/503"] > 0
     assert rows[-1]["rollout/dropped/refused"] > 0
     assert last == ["5", "5"], "no weights are sent for nothing at the end"
+
+
+@pytest.mark.slow
+def test_a_held_out_prompt_that_is_refused(tmp_path):
+    """It would be again: nothing is restarted for it."""
+    port = free_port()
+    server = simulated_server(port, "--median-seconds", 0.05, "--refuse-every", 99, "--refuse-with", 400)
+    flags = [*FLAGS, "--engine", "vllm", "--vllm-url", f"http://127.0.0.1:{port}", "--max-length", "256"]
+    try:
+        done = run("async_grpo.py", *flags, "--output-dir", tmp_path)
+    finally:
+        server.kill()
+    assert done.returncode == 1
+    assert "refuses a prompt with 400" in done.stderr
+    assert "nothing to save yet; mend it, then --resume" in done.stderr
+    assert "started again" not in done.stdout + done.stderr
 
 
 @pytest.mark.slow
