@@ -2455,7 +2455,7 @@ def main(args):
     row = data[rank % len(data)]
     engine_check = functools.partial(check_engine, args, engine, unwrap(policy), row, stop_ids, device)
     for server in servers:
-        server.wait()
+        server.wait(caught_signals)
         server.check()
     # Before the servers get any weights, where no other run has changed them.
     if servers and not any_rank(any(server.version != "default" for server in servers)):
@@ -2512,11 +2512,9 @@ def main(args):
         started again once, and gets them; then the run stops."""
         nonlocal unchecked
         for attempts_left in (1, 0):
-            if any_rank(caught_signals):  # wait_for stops the run
-                return
             problem, unchecked = None, max(unchecked, int(is_lost))
             if is_lost:
-                _, problem = try_engine(engine.recover)
+                _, problem = try_engine(engine.recover, caught_signals)
             if not any_rank(problem):
                 load = engine.load_weights if servers else shared_weights.write
                 _, problem = try_engine(load, whole_weights(policy), step)
@@ -2526,7 +2524,7 @@ def main(args):
                     unchecked -= 1
                 except UserError as error:  # all ranks have one
                     problem = error
-            if not any_rank(problem):
+            if not any_rank(problem) or any_rank(caught_signals):  # of which wait_for hears next
                 return
             problem = problem or EngineError("the engine of another rank failed")
             if attempts_left and rank == 0:

@@ -2828,8 +2828,8 @@ class VLLMServer:
             raise error
         return answer.json() if answer.content else None
 
-    def wait(self):
-        """Until the server answers; EngineError where it has ended, or does not in time."""
+    def wait(self, stopped=()):
+        """Until the server answers; EngineError where it has ended, is late, or `stopped` holds something."""
         deadline = time.monotonic() + self.timeout
         while True:
             if self.is_dead():
@@ -2841,10 +2841,10 @@ class VLLMServer:
             try:
                 return self.request("GET", "health", seconds=5)
             except EngineError as error:
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"{error}; waited {self.timeout:g} s. Start it with\n{self.needs.shell(self.url)}"
-                    ) from error
+                if stopped or time.monotonic() > deadline:
+                    said = "stopped by a signal" if stopped else f"waited {self.timeout:g} s"
+                    start = f"Start it with\n{self.needs.shell(self.url)}"
+                    raise EngineError(f"{error}; {said}. {start}") from error
                 time.sleep(0.5)
 
     def check(self):
@@ -3117,15 +3117,15 @@ class VLLMEngine:
         is_finished = choice["finish_reason"] == "stop"
         return Rollout(prompt_ids, choice["token_ids"], logps, is_finished, versions=versions)
 
-    def recover(self):
-        """Start again what we started, wait for what others do; all need weights again."""
+    def recover(self, stopped=()):
+        """Start again what we started, wait for what others do, as `wait`; all need weights again."""
         for server in self.servers:
             server.sender, server.is_asleep, self.version = None, False, None
             if server.process is not None:
                 server.kill()
                 server.launch()
                 server.is_paused = False
-            server.wait()
+            server.wait(stopped)
             try:
                 server.check()
             except UserError as error:  # it was started again with other flags
@@ -3162,8 +3162,10 @@ async def ask_server(client, server, body, retries, is_spoilt=None):
             elif answer.status_code < 500 and answer.status_code not in (408, 425, 429):
                 raise RefusedError(f"the vLLM server {server.url} refuses a prompt with {problem}")
         except httpx.HTTPError as error:
-            kind, problem = type(error).__name__, f"{error!r} in {server.timeout:g} s (--vllm-timeout)"
-        patience = 0.0 if kind == "ReadTimeout" else server.timeout  # that one had its time already
+            kind, problem = type(error).__name__, repr(error)
+        patience = server.timeout
+        if kind == "ReadTimeout":  # it had its time already
+            problem, patience = f"{problem} after {patience:g} s (--vllm-timeout)", 0.0
         deadline = min(deadline, time.monotonic() + patience)
         if server.is_dead() or time.monotonic() >= deadline:
             raise EngineError(f"the vLLM server {server.url} does not generate: {problem}")

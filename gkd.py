@@ -1959,7 +1959,7 @@ def main(args):
         row = {"input_ids": prompts[rank % len(data)]["prompt_ids"]}
         engine_check = functools.partial(check_engine, args, engine, model, row, stop_ids, device)
         for each in servers:
-            each.wait()
+            each.wait(caught_signals)
             each.check()
         if not any_rank(any(each.version != "default" for each in servers)):  # no other run has changed them
             # A server has the base, our copy all of --model.
@@ -2048,7 +2048,7 @@ def main(args):
             problem = problem or EngineError("the engine of another rank failed")
             if attempts_left:
                 bar.write(f"step {step}: {problem}; it is started again")
-                problem = try_engine(engine.recover)[1]
+                problem = try_engine(engine.recover, caught_signals)[1]
                 if not any_rank(problem):
                     continue
             stop_for(problem, step)

@@ -1947,7 +1947,7 @@ def main(args):
     row = data[rank % len(data)]
     engine_check = functools.partial(check_engine, args, engine, unwrap(policy), row, stop_ids, device)
     for server in servers:
-        server.wait()
+        server.wait(caught_signals)
         server.check()
     if not any_rank(any(server.version != "default" for server in servers)):  # no other run has changed them
         with adapter(policy, "" if servers else "default"):  # a server has the base, our copy all of --model
@@ -2001,7 +2001,7 @@ def main(args):
             problem = problem or EngineError("the engine of another rank failed")
             if attempts_left:
                 bar.write(f"step {step}: {problem}; it is started again")
-                problem = try_engine(engine.recover)[1]
+                problem = try_engine(engine.recover, caught_signals)[1]
                 if not any_rank(problem):
                     unchecked = max(1, unchecked)
                     continue

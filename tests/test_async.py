@@ -447,13 +447,14 @@ def test_a_server_that_dies_anywhere_gets_its_weights_again(tmp_path, route, aft
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--keep-kv"]])
-def test_two_servers_that_refuse(tmp_path, more):
-    """What one says with 5xx is asked again, what the other says with 4xx costs its prompt, and both get the weights."""
+@pytest.mark.parametrize(("more", "later"), [([], 503), (["--keep-kv"], 429)])
+def test_two_servers_that_refuse(tmp_path, more, later):
+    """What one says with `later` is asked again, what the other says with 400 costs its prompt, and both get the
+    weights."""
     ports = [free_port(), free_port()]
     servers = [
         simulated_server(port, "--median-seconds", 0.05, "--refuse-every", 9, "--refuse-with", status)
-        for port, status in zip(ports, (503, 400), strict=True)
+        for port, status in zip(ports, (later, 400), strict=True)
     ]
     flags = [*SHORT, "--engine", "vllm", "--vllm-url", *(f"http://127.0.0.1:{port}" for port in ports), *more]
     flags += ["--max-length", "256", "--max-staleness", "2", "--max-failed-rewards", "0.9"]
@@ -466,7 +467,7 @@ def test_two_servers_that_refuse(tmp_path, more):
     assert done.returncode == 0, done.stderr
     check_prompts(tmp_path, 6)
     rows = read_metrics(tmp_path)
-    assert rows[-1]["rollout/retried/503"] > 0
+    assert rows[-1][f"rollout/retried/{later}"] > 0
     assert rows[-1]["rollout/dropped/refused"] > 0
     assert last == ["5", "5"], "no weights are sent for nothing at the end"
 

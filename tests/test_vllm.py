@@ -273,6 +273,8 @@ def test_a_fitting_server_passes(scripted):
 def test_a_server_that_is_not_there_is_waited_for_in_vain():
     with pytest.raises(EngineError, match=r"waited 1 s. Start it with\nVLLM_SERVER_DEV_MODE=1"):
         VLLMServer(NEEDS, "http://127.0.0.1:9", timeout=1.0).wait()
+    with pytest.raises(EngineError, match=r"stopped by a signal\. Start it with"):
+        VLLMServer(NEEDS, "http://127.0.0.1:9", timeout=600.0).wait([15])
 
 
 def test_side_by_side_ends_at_the_first_failure_and_at_the_deadline():
