@@ -1433,16 +1433,17 @@ def try_engine(function, *given):
 
 
 def check_engine(args, engine, model, row, stop_ids, device):
-    """Compare log-probs of a few samples of a row's prompt. All ranks take part."""
-    asked = [row["input_ids"]], [(args.seed, 2**31)], 4, [16], args.temperature, stop_ids
+    """Compare log-probs of a few samples of a row's prompt, of each server. All ranks take part."""
+    remedy, n = "try --engine vllm", 1
+    if args.engine == "vllm":
+        server, n = engine.servers[0], len(engine.servers)  # each gets one, the least busy
+        remedy = f"does each server have {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
+    keys = [(args.seed, 2**31)] * n
+    asked = [row["input_ids"]] * n, keys, 4, [16] * n, args.temperature, stop_ids
     groups, problem = try_engine(engine.generate, *asked)
     if any_rank(problem):
         raise problem or UserError("the engine of another rank failed")
-    remedy = "try --engine vllm"
-    if args.engine == "vllm":
-        server = engine.servers[0]
-        remedy = f"does it serve {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
-    check_log_probs(args, groups[0], model, device, remedy)
+    check_log_probs(args, [*itertools.chain(*groups)], model, device, remedy)
 
 
 def check_log_probs(args, rollouts, model, device, remedy):
@@ -2605,7 +2606,11 @@ def main(args):
         groups.sort(key=prompt_number)
         kept = [s for group in groups for s in group]
         ages = Counter(step - version for s in kept for version in s.versions)
-        assert all(0 <= age <= args.max_staleness for age in ages), f"step {step} has tokens of ages {ages}"
+        if not all(0 <= age <= args.max_staleness for age in ages):
+            problem = (
+                f"step {step + 1} has tokens of weights {sorted(ages)} steps old, not 0 to --max-staleness"
+            )
+            stop_here(f"{problem}. Does another run give weights to the same server?")
         some = [s for s in samples if s.logps][:8]
         if step == 0 and some:
             remedy = "try --engine hf" if servers else "try --engine vllm"

@@ -99,9 +99,10 @@ def wait_for_step(process, output_dir, step, timeout=120):
 
 
 def kill(process, output_dir):
-    """SIGKILL to a run and, as torchrun's workers have sessions of their own, to all that have its directory as a flag."""
+    """SIGKILL to a run and, as torchrun's workers have sessions of their own, to all that have its directory as a flag
+    -> what it had printed."""
     assert process.poll() is None, (
         f"the run ended before it could be killed: {process.communicate()[0][-2000:]}"
     )
     subprocess.run(["pkill", "-9", "-f", str(output_dir)], check=True)
-    process.communicate()
+    return process.communicate()[0]

@@ -5,11 +5,13 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import torch
 from conftest import ASSETS, ROOT, assert_same_curve, kill, read_metrics, run, start, wait_for_step, weights
 from test_vllm import server_processes
 
-from async_grpo import Pacer
+from async_grpo import EngineError, Pacer, RolloutProcess
 
 FLAGS = ["--wandb", "disabled", "--batch-size", "32", "--num-generations", "4"]
 SHORT = [*FLAGS, "--eval-dataset", "--max-steps", "6"]
@@ -182,7 +184,7 @@ def test_two_ranks_train_as_one(tmp_path):
 
 @pytest.mark.slow
 def test_in_order_against_the_sampler_with_groups_replaced(tmp_path):
-    """Prompts of every step are the next ones, and a reward that fails is counted once, whenever its group comes."""
+    """Groups that are replaced, and rewards that fail, are counted once each, whenever their group comes."""
     (tmp_path / "reward.py").write_text(
         "def odd(prompts, completions, **_):\n"
         "    assert not any('1+' in prompt[-1]['content'] for prompt in prompts)\n"
@@ -273,16 +275,16 @@ def test_resume_without_staleness_is_exact_and_nothing_is_trained_twice(tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
 def test_a_killed_run_with_staleness_goes_on_with_what_it_had_not_trained(tmp_path, engine):
-    """A server goes on meanwhile, with what it was asked, and perhaps in the midst of an update."""
+    """A server goes on meanwhile, with what it was asked, and perhaps in the midst of an update. It refuses some prompts."""
     flags = [*FLAGS, "--eval-dataset", "--max-steps", "16", "--max-staleness", "2", "--save-every", "2"]
     server, port = None, free_port()
     if engine == "vllm":
-        server = simulated_server(port, "--median-seconds", 0.1)
+        server = simulated_server(port, "--median-seconds", 0.1, "--refuse-every", 9, "--refuse-with", 400)
         flags += ["--engine", "vllm", "--vllm-url", f"http://127.0.0.1:{port}", "--max-length", "256"]
     try:
         process = start("async_grpo.py", *flags, "--output-dir", tmp_path)
         wait_for_step(process, tmp_path, 5)
-        kill(process, tmp_path)
+        output = kill(process, tmp_path)
         done = run("async_grpo.py", *flags, "--output-dir", tmp_path, "--resume")
     finally:
         if server:
@@ -293,8 +295,11 @@ def test_a_killed_run_with_staleness_goes_on_with_what_it_had_not_trained(tmp_pa
     assert max(row["sample/staleness_max"] for row in rows) <= 2
     assert max(row["sample/staleness_max"] for row in rows) >= 1, "generation ran ahead of training"
     last = json.loads((tmp_path / "checkpoint-00000016" / "progress.json").read_text())
-    assert (last["cursor"], last["consumed"]) == (16 * 8, []), (
-        "every prompt up to there was trained, none is lost"
+    refused = set(re.findall(r"prompt (\d+) is left out: row", output + done.stdout))
+    assert bool(refused) == (engine == "vllm")
+    assert last["consumed"] == []
+    assert 16 * 8 <= last["cursor"] <= 16 * 8 + len(refused), (
+        "up to there every prompt was trained or refused"
     )
 
 
@@ -306,50 +311,99 @@ def rollout_process(process):
     raise AssertionError("the run ended")
 
 
+def wrapper(directory, changes):
+    """A script that is async_grpo.py, in all its processes, after these changes to it."""
+    begin = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal, async_grpo, tyro\n"
+    end = '\nif __name__ == "__main__":\n    async_grpo.main(tyro.cli(async_grpo.Args))\n'
+    (directory / "wrapper.py").write_text(begin + changes + end)
+    return directory / "wrapper.py"
+
+
 @pytest.mark.slow
-def test_a_killed_rollout_process_is_started_again_once(tmp_path):
-    flags = [*FLAGS, "--eval-dataset", "--max-steps", "400", "--output-dir", tmp_path]
-    process = start("async_grpo.py", *flags)
-    first = rollout_process(process)
-    wait_for_step(process, tmp_path, 3)
-    os.kill(first, signal.SIGKILL)
+def test_a_silent_or_killed_rollout_process_is_started_again_once(tmp_path):
+    """The first is frozen in an evaluation, which is made again; the second is killed."""
+    script = wrapper(
+        tmp_path,
+        """
+evaluate = async_grpo.RolloutProcess.evaluate
+
+def freeze(self, version):
+    evaluate(self, version)
+    if version == 2 and self.may_restart:
+        os.kill(self.process.pid, signal.SIGSTOP)
+        self.LONGEST_SILENCE = 3
+    else:
+        self.LONGEST_SILENCE = 120
+
+async_grpo.RolloutProcess.evaluate = freeze
+""",
+    )
+    flags = [*FLAGS, "--eval-every", "2", "--max-steps", "400", "--output-dir", tmp_path]
+    process = start(script, *flags)
+    rollout_process(process)
     second = rollout_process(process)
-    wait_for_step(process, tmp_path, max(row["step"] for row in read_metrics(tmp_path)) + 4)
+    wait_for_step(process, tmp_path, 4)
     os.kill(second, signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output
-    assert "the rollout process failed again" in output
+    assert "the rollout process failed again: it ended with exit code -9" in output
     assert "which is saved; mend it, then --resume" in output
     assert "Traceback" not in output
-    check_prompts(tmp_path, max(row["step"] for row in read_metrics(tmp_path)))
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "eval/reward" in row][:2] == [0, 2]
+    check_prompts(tmp_path, max(row["step"] for row in rows))
 
 
 @pytest.mark.slow
-def test_weights_that_a_dead_rollout_process_holds(tmp_path):
-    """One that ended while it read them is started again, and so are the weights written."""
-    (tmp_path / "wrapper.py").write_text(
-        f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import async_grpo, tyro
-write = async_grpo.SharedWeights.write
+def test_weights_that_a_dead_rollout_process_holds_and_an_error_in_one(tmp_path):
+    """One that ended while it read them is started again, and so are the weights written. What it raises is shown."""
+    script = wrapper(
+        tmp_path,
+        """
+write, judge = async_grpo.SharedWeights.write, async_grpo.RolloutLoop.judge
 failing = [3]
 
 def write_late(self, weights, version):
     if version in failing:
         list(weights)
-        raise async_grpo.EngineError(f"held at {{failing.pop()}}")
+        raise async_grpo.EngineError(f"held at {failing.pop()}")
     write(self, weights, version)
 
+async def judge_for_a_time(self, *given):
+    if self.version == 5:
+        raise RuntimeError("it is late")
+    return await judge(self, *given)
+
 async_grpo.SharedWeights.write = write_late
-if __name__ == "__main__":
-    async_grpo.main(tyro.cli(async_grpo.Args))
-"""
+async_grpo.RolloutLoop.judge = judge_for_a_time
+""",
     )
-    done = run(tmp_path / "wrapper.py", *SHORT, "--output-dir", tmp_path / "run")
-    assert done.returncode == 0, done.stderr
+    done = run(script, *SHORT[:-1], "9", "--output-dir", tmp_path / "run")
+    assert done.returncode == 1
     assert "the rollout process failed and is started again: held at 3" in done.stdout
-    check_prompts(tmp_path / "run", 6)
+    assert "the rollout process failed again: " in done.stderr
+    assert "in judge_for_a_time\n" in done.stderr
+    assert "RuntimeError: it is late" in done.stderr
+    steps = max(row["step"] for row in read_metrics(tmp_path / "run"))
+    assert steps >= 5
+    assert (tmp_path / "run" / f"checkpoint-{steps:08}").exists()
+    check_prompts(tmp_path / "run", steps)
+
+
+def test_more_refused_prompts_than_a_step_has_end_the_run():
+    process = object.__new__(RolloutProcess)
+    process.pacer, process.consumed, process.passed_over = Pacer(2, 1), set(), []
+    process.failures, process.judged, process.dropped, process.refused = Counter(), 0, Counter(), 0
+    process.pacer.open(4, 0)
+    for cursor in range(2):
+        process.take_in(("again", cursor, 1, cursor, [], Counter(), "row 1: too long", {}))
+    process.take_in(("group", 2, ["a sample"], Counter(), {}))  # the count begins anew
+    for cursor in range(2, 4):
+        process.take_in(("again", 0, 2, cursor, [], Counter(), "row 1: too long", {}))
+    with pytest.raises(EngineError, match=r"3 prompts in a row were refused\. The last: row 1: too long"):
+        process.take_in(("again", 0, 2, 4, [], Counter(), "row 1: too long", {}))
+    assert process.consumed == set(range(5))
+    assert process.dropped == {"refused": 5}
 
 
 @pytest.mark.slow
@@ -377,6 +431,22 @@ def test_a_reward_that_hangs_costs_its_samples_only(tmp_path):
     rows = read_metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert sum(row["failed_rewards"] for row in rows) > 0
+
+
+@pytest.mark.slow
+def test_a_run_whose_groups_do_not_come_stops_in_time(tmp_path):
+    (tmp_path / "reward.py").write_text(
+        "import itertools, time\n"
+        "calls = itertools.count()\n"
+        "def slower(completions, **_):\n"
+        "    time.sleep(300 if next(calls) == 3 else 0)\n"
+        "    return [float(len(text[0]['content']) % 3) for text in completions]\n"
+    )
+    flags = [*SHORT, "--rewards", f"{tmp_path}/reward.py:slower", "--rollout-timeout", "25"]
+    done = run("async_grpo.py", *flags, "--output-dir", tmp_path / "run")
+    assert done.returncode == 1
+    assert re.search(r"no group was finished in 2\d s \(--rollout-timeout\); \d+ prompts are in", done.stderr)
+    assert "Stopped after step 3, which is saved; mend it, then --resume" in done.stderr
 
 
 @pytest.mark.slow
@@ -447,10 +517,10 @@ def test_a_server_that_dies_anywhere_gets_its_weights_again(tmp_path, route, aft
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("more", "later"), [([], 503), (["--keep-kv"], 429)])
-def test_two_servers_that_refuse(tmp_path, more, later):
+@pytest.mark.parametrize(("ranks", "more", "later"), [(2, [], 503), (1, ["--keep-kv"], 429)])
+def test_two_servers_that_refuse(tmp_path, ranks, more, later):
     """What one says with `later` is asked again, what the other says with 400 costs its prompt, and both get the
-    weights."""
+    weights, from one rank or a rank each."""
     ports = [free_port(), free_port()]
     servers = [
         simulated_server(port, "--median-seconds", 0.05, "--refuse-every", 9, "--refuse-with", status)
@@ -459,7 +529,7 @@ def test_two_servers_that_refuse(tmp_path, more, later):
     flags = [*SHORT, "--engine", "vllm", "--vllm-url", *(f"http://127.0.0.1:{port}" for port in ports), *more]
     flags += ["--max-length", "256", "--max-staleness", "2", "--max-failed-rewards", "0.9"]
     try:
-        done = run("async_grpo.py", *flags, "--output-dir", tmp_path)
+        done = run("async_grpo.py", *flags, "--output-dir", tmp_path, ranks=ranks)
         last = [httpx.get(f"http://127.0.0.1:{port}/weight_info").json()["weight_version"] for port in ports]
     finally:
         for server in servers:
@@ -470,6 +540,7 @@ def test_two_servers_that_refuse(tmp_path, more, later):
     assert rows[-1][f"rollout/retried/{later}"] > 0
     assert rows[-1]["rollout/dropped/refused"] > 0
     assert last == ["5", "5"], "no weights are sent for nothing at the end"
+    assert 1 <= max(row["sample/staleness_max"] for row in rows) <= 2
 
 
 @pytest.mark.slow

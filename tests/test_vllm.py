@@ -676,7 +676,7 @@ def test_a_server_with_another_model_is_refused(tmp_path):
         server.stop()
     assert done.returncode == 1
     assert "do not agree on the log-probs" in done.stderr
-    assert "does it serve" in done.stderr
+    assert "does each server have" in done.stderr
     assert (
         f"--model {ASSETS / 'model'} --host 127.0.0.1 --port {server.url.rpartition(':')[2]}" in done.stderr
     )
