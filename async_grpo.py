@@ -1923,6 +1923,7 @@ class RolloutLoop:
     def prepare(self):
         """The engine, and processes for environments and rewards."""
         args, work = self.args, self.work
+        prepare_workers()
         self.tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
         if args.engine == "hf":
             policy = load_policy(replace(args, gradient_checkpointing=False), load_config(args), work.device)

@@ -1414,7 +1414,8 @@ def encode_distillation(
     prompt = row.get("prompt")
     if kind in ("messages", "conversations"):
         prompt = read_messages(row, kind)
-        prompt = prompt[:-1] if prompt[-1]["role"] == "assistant" else prompt
+        while prompt and prompt[-1]["role"] == "assistant":
+            prompt = prompt[:-1]
     if kind == "input_ids":
         ids, mask = check_tokenized(row)
         check_ids(ids, vocab_size)
@@ -1846,9 +1847,9 @@ def import_file(flag, path):
 
 
 def prepare_workers():
-    """Begin to start the process that workers are forked from. It imports this module, which takes seconds,
-    while the caller goes on."""
-    multiprocessing.forkserver.set_forkserver_preload(["common"])
+    """Begin to start the process that workers are forked from. It imports what scripts do, which takes
+    seconds, while the caller goes on."""
+    multiprocessing.forkserver.set_forkserver_preload(["common", "peft"])
     multiprocessing.forkserver.ensure_running()
 
 

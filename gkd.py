@@ -102,8 +102,8 @@ EVAL_METRICS = ("eval/loss", "eval/mean_token_accuracy", "eval/exact_match")
 RUN_FLAGS = ["output_dir", "resume", "save_every", "keep_checkpoints", "eval_every", "log_every", "wandb"]
 RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compile"]
 RUN_FLAGS += ["vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"]
-LEAST_REST = 1e-5  # probability that the tokens beside the top k count as: what a float32 sum leaves of 1
-ANSWERS_AT_ONCE = 2048  # of the teacher, with --seq-kd, between two writes to the disk
+LEAST_REST = 1e-5  # probability of the tokens beside a server's top k: what rounding leaves of 1
+ANSWERS_AT_ONCE = 512  # of the teacher, with --seq-kd, between two writes to the disk
 
 
 @dataclass(frozen=True)
@@ -485,7 +485,7 @@ class HeadInputs(NamedTuple):
             return Target(logps_CV, probs_CV, None, *about)
         top_logps_CK, ids_CK = logps_CV.topk(k)
         rest_C1 = logps_CV.scatter_(1, ids_CK, -math.inf).logsumexp(1, keepdim=True)
-        logps_CB = torch.cat([top_logps_CK, rest_C1.clamp(math.log(LEAST_REST))], 1)
+        logps_CB = torch.cat([top_logps_CK, rest_C1], 1)
         return Target(logps_CB, logps_CB.exp(), ids_CK, *about)
 
 
@@ -1487,15 +1487,19 @@ def shared_vocabulary(args, config, their_config, tokenizer):
     sizes = [each.get_text_config().vocab_size for each in (config, their_config) if each]
     known = max(tokenizer.get_vocab().values()) + 1
     if known > min(sizes):
+        theirs = f" and --teacher {sizes[1]}" if their_config else ""
         raise UserError(
-            f"the tokenizer has {known} ids, --model {sizes[0]} and --teacher {sizes[-1]}; resize the "
-            "embeddings of the one that has too few"
+            f"the tokenizer has {known} ids, --model {sizes[0]}{theirs}; resize the embeddings of the one "
+            "that has too few"
         )
     return min(sizes) if their_config else min(known, *sizes)
 
 
 # What tokenizers and chat templates are compared by, beside the ids.
 PROBE_TEXT = "Na\u00efve\t 'tis  12345 + x_1;\n\n  <b>\u65e5\u672c</b> e\u0301 \U0001f600"
+# Characters with all first two bytes of UTF-8: a token of such bytes is no text, and stands in some of these.
+PROBE_BYTES = [*range(0x80, 0x800, 29), *range(0x800, 0xD800, 64), *range(0xE000, 0x10000, 64)]
+PROBE_BYTES = "".join(map(chr, [*PROBE_BYTES, *range(0x10000, 0x110000, 4096)]))
 PROBE_CHAT = [
     {"role": "user", "content": "What is 1 + 1?"},
     {"role": "assistant", "content": "2"},
@@ -1565,9 +1569,9 @@ class TeacherServer:
             f"--enable-scale-out --max-logprobs {max(20, self.k)} --max-model-len {self.max_length + 1}"
         )
 
-    def check(self):
-        """UserError with the right command line where the server's flags do not do."""
-        self.server.wait()
+    def check(self, stopped):
+        """UserError with the right command line where the server's flags do not do. stopped: as in `wait`."""
+        self.server.wait(stopped)
         served, problems = self.server.request("GET", "v1/models")["data"][0], []
         self.source = served["id"], served["root"]
         if (longest := served["max_model_len"]) <= self.max_length:  # a token more is written, and not used
@@ -1576,7 +1580,10 @@ class TeacherServer:
                 f"lower that to {longest - 1}, or raise the other"
             )
         try:
-            self.server.request("POST", "inference/v1/generate", json=self.body([0, 0]))
+            answer = self.server.request("POST", "inference/v1/generate", json=self.body([0, 0]))
+            logps = [said["logprob"] for said in answer["prompt_logprobs"][1].values()]
+            if max(logps) > 0 or sum(map(math.exp, logps)) > 1.001:
+                problems.append(f"{max(logps)} is no log-prob: it needs --logprobs-mode raw_logprobs")
         except EngineError as error:
             causes = {"max allowed": "--max-logprobs", "with 403": "--enable-scale-out"}
             problems += [
@@ -1608,8 +1615,10 @@ class TeacherServer:
                 half = ids[: len(ids) // 2]
                 ids = ids[len(half) :] if writes_as_we_do(half) else half
             return f"ids, the first of which is {ids[0]}: {tokenizer.decode(ids)!r} and {write(ids)!r}"
-        if (said := tokenizer(PROBE_TEXT)["input_ids"]) != (other := read(prompt=PROBE_TEXT)):
-            return f"the ids of {PROBE_TEXT!r}: {said} and {other}"
+        pieces = [PROBE_BYTES[begin : begin + 50] for begin in range(0, len(PROBE_BYTES), 50)]
+        for text in [PROBE_TEXT, *pieces]:
+            if (said := tokenizer(text)["input_ids"]) != (other := read(prompt=text)):
+                return f"the ids of {text!r}: {said} and {other}"
         if tokenizer.chat_template:
             said = tokenizer(render(tokenizer)[0], add_special_tokens=False)["input_ids"]
             other, refused = try_engine(functools.partial(read, messages=PROBE_CHAT))
@@ -1749,17 +1758,21 @@ def teacher_answers(args, make_engine, source, prompts, output_dir, stop_ids, vo
     return None
 
 
-def teacher_engine(args, teacher, max_length, output_dir, device, dtype):
-    """What draws the teacher's samples: the teacher itself, or a vLLM server with it."""
+def teacher_engine(args, teacher, max_length, output_dir, device, dtype, row, stop_ids, stopped):
+    """What draws the teacher's samples: the teacher itself, checked with a row, or a vLLM server with it."""
     if isinstance(teacher, TeacherServer):
         return VLLMEngine([teacher.server], None, dtype)
     if args.engine == "hf":
         teacher.set_attn_implementation("varlen")
-        return HFEngine(teacher.to(device))
+        teacher.token_stats = MethodType(token_stats, teacher)
+        engine = HFEngine(teacher.to(device))
+        check_engine(args, engine, teacher, row, stop_ids, device)
+        teacher.eval()
+        return engine
     own = replace(args, model=teacher_base(args), lora_rank=0, vllm_url=())
     servers = find_servers(own, device, dtype, max_length, output_dir)
     for server in servers:
-        server.wait()
+        server.wait(stopped)
         server.check()
     engine = VLLMEngine(servers, teacher, dtype)
     if teacher_base(args) != args.teacher:  # the server has the base without the adapter
@@ -1773,7 +1786,8 @@ def log_completions(path, step, answers, tokenizer):
         for answer in answers:
             row = {"step": step, "prompt": tokenizer.decode(answer.prompt_ids)}
             row |= {"completion": tokenizer.decode(answer.ids, skip_special_tokens=True)}
-            file.write(json.dumps({**row, "is_finished": answer.is_finished}, ensure_ascii=False) + "\n")
+            row |= {"is_finished": answer.is_finished, "version": step - 1}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 # ---- Held-out data, as in sft.py ---------------------------------------------------------------------------
@@ -1872,11 +1886,11 @@ def main(args):
     max_length = min(check_lengths(args, each) for each in (config, their_config) if each)
     room = None
     if args.lmbda or args.seq_kd:
-        room = min(max_length, args.micro_batch_tokens) - args.max_completion_length
+        room = max_length - args.max_completion_length
         if room < 1:
             raise UserError(
                 f"--max-completion-length {args.max_completion_length} leaves no room for a prompt; raise "
-                "--max-length or --micro-batch-tokens"
+                "--max-length"
             )
     use_answer = args.lmbda < 1 and not args.seq_kd
     given = {"tokenizer": tokenizer, "loss_on": args.loss_on, "overflow": args.overflow}
@@ -1885,6 +1899,14 @@ def main(args):
     prepare = functools.partial(prepare_data, features=DISTILLATION_FEATURES, config=args.dataset_config)
     data, report = prepare(args.dataset, encode, split=args.dataset_split, seed=args.seed)
     lengths = row_lengths(data, args)
+    if room is not None:  # a sample must fit into a micro-batch, as rows do
+        longest = max(map(len, data["prompt_ids"])) + args.max_completion_length
+        if longest > args.micro_batch_tokens:
+            raise UserError(
+                f"the longest prompt and --max-completion-length {args.max_completion_length} have {longest} "
+                f"tokens, more than --micro-batch-tokens {args.micro_batch_tokens}; the smallest value that "
+                f"works is {longest}"
+            )
     if args.eval_dataset:
         encode = functools.partial(encode_distillation, **given)
         eval_data, eval_report = prepare(args.eval_dataset, encode, split=args.eval_split)
@@ -1909,7 +1931,7 @@ def main(args):
     on_base, teacher, server, their_answers = shared_adapter(args), None, None, None
     if is_server(args):
         server = TeacherServer(args, max_length, vocab_size)
-        server.check()
+        server.check(caught_signals)
         check_same_tokens(args, server.difference(tokenizer))
     elif on_base is None or args.seq_kd:
         teacher = load_teacher(args, their_config, dtype)
@@ -1917,9 +1939,11 @@ def main(args):
     prompts = data.with_format(None, ["prompt_ids"])
     if args.seq_kd:
         source = server.source if server else (args.engine, weights_digest(teacher))
+        row = {"input_ids": prompts[rank % len(data)]["prompt_ids"]}
+        own = max_length, output_dir, device, dtype, row, sorted(stop_ids), caught_signals
         their_answers = teacher_answers(
             args,
-            functools.partial(teacher_engine, args, server or teacher, max_length, output_dir, device, dtype),
+            functools.partial(teacher_engine, args, server or teacher, *own),
             (source, data_digest),
             prompts,
             output_dir,
@@ -1943,6 +1967,12 @@ def main(args):
         teacher = on_base
     if on_base:
         policy.load_adapter(args.teacher, on_base)
+        head = unwrap(policy).get_output_embeddings()
+        if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            raise UserError(
+                f"--teacher {args.teacher}: its adapter changes the head, and so cannot share the student's "
+                "base; merge it into its base"
+            )
     models = [policy, teacher] if isinstance(teacher, torch.nn.Module) else [policy]
     for each in models:
         methods, model = (token_stats, head_inputs, divergence_stats), unwrap(each)
@@ -1970,7 +2000,8 @@ def main(args):
     # ---- Resume, report ----
     progress = {"step": 0, "tokens": 0, "on_policy_steps": 0}
     if args.resume:
-        may_change = [*RUN_FLAGS, "teacher"] if is_server(args) else RUN_FLAGS  # a server may have moved
+        # A server may have moved; of read_scores' error a smaller k is the remedy.
+        may_change = [*RUN_FLAGS, "teacher", "teacher_top_k"] if is_server(args) else RUN_FLAGS
         check_resumable(output_dir, args, data_digest, may_change)
         if checkpoints := complete_checkpoints(output_dir):
             progress = load_checkpoint(checkpoints[-1], policy, optimizer)
@@ -1999,7 +2030,8 @@ def main(args):
             f"steps     {total_steps} of {args.batch_size} examples ({steps_per_epoch} an epoch), in {rows}"
         )
         example = data[0]
-        print(f"example   row {example['row']} of {example['source']}; what is trained stands in [[ ]]:\n"
+        trained = "what is trained stands in [[ ]]" if use_answer else "what is trained follows it"
+        print(f"example   row {example['row']} of {example['source']}; {trained}:\n"
               f"{mark_trained(tokenizer, example['input_ids'], example['loss_mask'])}")  # fmt: skip
         print(f"output    {output_dir}", flush=True)
 
@@ -2025,7 +2057,8 @@ def main(args):
         if step:
             save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints)
         problem = problem or EngineError("a server of another rank failed")
-        raise UserError(f"{problem}\nStopped after step {step}, which is saved; mend it, then --resume")
+        kept = "which is saved" if step else "nothing to save yet"
+        raise UserError(f"{problem}\nStopped after step {step}, {kept}; mend it, then --resume")
 
     # Times that the engine gets weights: to vLLM those of the beginning, and to both the first others.
     unchecked = 2 if servers else 1

@@ -245,7 +245,7 @@ def test_the_sampled_loss_through_the_chunks(monkeypatch):
     states = HeadInputs(teacher[0].float(), teacher[1].float(), None, head)
     stats = ChunkedDivergence.apply(*ours, None, labels, head, states, ("sampled", 0.5, 0))
     stats[0].backward()
-    torch.testing.assert_close(stats[0].double(), expected)
+    torch.testing.assert_close(stats[0].double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         stats[1].double(), (logps - teacher_logps).detach()[:, 0], rtol=1e-4, atol=1e-5
     )
@@ -354,6 +354,7 @@ ROWS = {  # a row -> what a model is asked, and what the row answers
     "ShareGPT": ({"conversations": [{"from": "human", "value": "What is 1+2?"}, {"from": "gpt", "value": "3"}]}, PROMPT, "3<|im_end|>"),
     "prompt messages": ({"prompt": [USER], "completion": [ANSWER]}, PROMPT, "3<|im_end|>"),
     "prompt": ({"prompt": "1+2=", "completion": "3"}, "1+2=", "3<|im_end|>"),
+    "two answers": ({"messages": [USER, ANSWER, ANSWER]}, PROMPT, "3<|im_end|>3<|im_end|>"),
     "tokens": ({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9]}, [5, 6, 7], None),
 }  # fmt: skip
 
@@ -406,6 +407,12 @@ def swap_two_ids(data):
     vocab = data["model"]["vocab"]
     one, two = (next(token for token, id in vocab.items() if id == number) for number in (300, 417))
     vocab[one], vocab[two] = 417, 300
+
+
+def swap_two_bytes(data):
+    """Of no text by themselves, so that both decode to the replacement character: 0xD0 and 0xD1 begin Cyrillic letters."""
+    vocab = data["model"]["vocab"]
+    vocab["Ð"], vocab["Ñ"] = vocab["Ñ"], vocab["Ð"]
 
 
 def drop_last_id(data):
@@ -676,6 +683,15 @@ def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
 # ---- Teachers --------------------------------------------------------------------------------------------------------
 
 
+def test_an_adapter_of_the_head_is_refused(tmp_path):
+    """The head is multiplied outside of its module: what an adapter adds would be left out."""
+    base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
+    adapter = gkd.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
+    gkd.get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="its adapter changes the head"):
+        train(tmp_path / "run", teacher=str(tmp_path / "adapter"), lora_rank=4)
+
+
 def make_adapter(tmp_path, name="adapter"):
     """A LoRA adapter on the embedded student, with weights that change it."""
     train(tmp_path / f"{name}-run", lora_rank=4, learning_rate=3e-2, lmbda=0.0, lora_dropout=0.1)
@@ -833,7 +849,7 @@ def scripted(monkeypatch):
         return {"prompt_logprobs": said}
 
     monkeypatch.setattr(gkd, "ask_server", answer)
-    monkeypatch.setattr(gkd.TeacherServer, "check", lambda self: None)
+    monkeypatch.setattr(gkd.TeacherServer, "check", lambda self, stopped: None)
     monkeypatch.setattr(gkd.TeacherServer, "difference", lambda self, tokenizer: "")
     return state
 
@@ -897,13 +913,15 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
             assert_teaches_as_the_local_teacher(tmp_path, running.url, str(teacher), name, rtol=2e-2)
         tokenizer = load_tokenizer(TEACHER)
         server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
-        server.check()
+        server.check(())
         assert server.source == (str(teacher), str(teacher))
         assert server.difference(tokenizer) == ""
         other = load_tokenizer(str(copy_of(tmp_path, change=swap_two_ids)))
         assert server.difference(other).startswith("ids, the first of which is 300: ")
         other = load_tokenizer(str(copy_of(tmp_path / "less", change=drop_last_id)))
         assert server.difference(other).startswith("ids, the first of which is 511: '' and '")
+        other = load_tokenizer(str(copy_of(tmp_path / "bytes", change=swap_two_bytes)))
+        assert server.difference(other).startswith("the ids of ")
         other = load_tokenizer(TEACHER)
         other.chat_template = other.chat_template.replace("<|im_end|>", "<|im_end|> ")
         assert server.difference(other).startswith("the chat template: ")
@@ -912,7 +930,7 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
             (8, 512, r"its --max-model-len, 512, must be above --max-length, which is 512"),
         ):
             with pytest.raises(UserError, match=message):
-                gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=k), longest, 512).check()
+                gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=k), longest, 512).check(())
 
         rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:32]
         (tmp_path / "rows.jsonl").write_text("".join(rows))
@@ -982,6 +1000,10 @@ BAD_FLAGS = {
     "answers that nobody reads": ({"lmbda": 1.0, "loss_on": "all"}, "--loss-on does not apply"),
     "the teacher's answers instead": ({"lmbda": 0.0, "seq_kd": True, "overflow": "error"}, "--overflow does not apply"),
     "a top k of all": ({"teacher_top_k": 512}, "--teacher-top-k 512 is not below the 512 ids"),
+    "no room in a micro-batch": (
+        {"micro_batch_tokens": 40},
+        r"more than --micro-batch-tokens 40; the smallest value that works is \d\d$",
+    ),
     "no room": ({"max_completion_length": 9000}, "--max-completion-length 9000 leaves no room"),
     "no teacher": ({"teacher": "/nowhere"}, "--teacher /nowhere: its config cannot be loaded"),
 }  # fmt: skip
