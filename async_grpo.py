@@ -21,6 +21,7 @@ perf/weight_sync_s, perf/weight_sync_pause_s; utilisation/trainer, utilisation/g
 
 CPU:    python async_grpo.py                         (the embedded model and data, in four minutes)
 1 GPU:  python async_grpo.py --engine vllm --model Qwen/Qwen3-0.6B --dataset prompts.jsonl
+            --learning-rate 1e-6 --max-completion-length 1024
 apart:  torchrun --nproc-per-node 8 async_grpo.py --engine vllm --vllm-url http://HOST:8000 --model ...
 """
 
@@ -213,7 +214,7 @@ class Args:
     eval_generations: int = 1
     """Samples of each held-out prompt; 1 is greedy. pass@k: for one of them the first reward is 1 or more."""
     engine: Literal["hf", "vllm"] = "hf"
-    """What generates: a copy of the policy in this process, or vLLM servers."""
+    """What generates: a copy of the policy, or vLLM servers."""
     vllm_url: tuple[str, ...] = ()
     """Servers that run already, such as http://10.0.0.2:8000; without, each rank starts one."""
     vllm_timeout: float = 600.0
@@ -1434,9 +1435,10 @@ def try_engine(function, *given):
 
 def check_engine(args, engine, model, row, stop_ids, device):
     """Compare log-probs of a few samples of a row's prompt, of each server. All ranks take part."""
-    remedy, n = "try --engine vllm", 1
-    if args.engine == "vllm":
-        server, n = engine.servers[0], len(engine.servers)  # each gets one, the least busy
+    n = max(1, math.ceil(len(args.vllm_url) / dist.get_world_size()))  # the same on all ranks
+    remedy = "try --engine vllm"
+    if args.engine == "vllm":  # each of a rank's servers gets one, the least busy
+        server = engine.servers[0]
         remedy = f"does each server have {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
     keys = [(args.seed, 2**31)] * n
     asked = [row["input_ids"]] * n, keys, 4, [16] * n, args.temperature, stop_ids
@@ -1764,14 +1766,18 @@ class Pacer:
     where newer groups are finished first, more than P would become due at once.
     """
 
-    def __init__(self, per_step, max_staleness, in_order=False):
+    def __init__(self, per_step, max_staleness, total_steps, first_step=0, in_order=False):
         self.per_step, self.max_staleness, self.in_order = per_step, max_staleness, in_order
+        self.total_steps, self.opened_steps = total_steps, first_step  # of those there are slots, or were
         self.next_slot = 0
         self.began = {}  # open slot -> the version with which its group began, or an older one
         self.finished = {}  # slot -> its group, in the order in which they were finished
 
-    def open(self, count, version):
-        """-> new slots, for groups that begin with `version` or a newer one."""
+    def open(self, version):
+        """-> new slots, for groups that begin with `version` or a newer one: as many as the K + 1 steps from
+        there train."""
+        until = min(self.total_steps, version + self.max_staleness + 1)
+        count, self.opened_steps = (until - self.opened_steps) * self.per_step, until
         slots = list(range(self.next_slot, self.next_slot + count))
         self.next_slot += count
         self.began |= dict.fromkeys(slots, version)
@@ -1783,10 +1789,9 @@ class Pacer:
         chosen = oldest[: self.per_step]
         if len(chosen) < self.per_step or (self.in_order and chosen != sorted(self.began)[: self.per_step]):
             return None
-        for later in range(self.max_staleness + 1):
-            latest = version + later - self.max_staleness
-            due = [slot for slot, began in self.began.items() if began <= latest]
-            if len(set(due).intersection(chosen)) < len(due) - later * self.per_step:
+        left = sorted(self.began[slot] for slot in self.began.keys() - chosen)
+        for place, began in enumerate(left, 1):  # so many are due within as many steps as this one
+            if place > (began + self.max_staleness - version) * self.per_step:
                 return None
         for slot in chosen:
             del self.began[slot]
@@ -1862,6 +1867,7 @@ class RolloutWork(NamedTuple):
 def serve_rollouts(pipe, beat, work, first, skip):
     """The rollout process. It ends with its trainer."""
     os.setsid()  # signals to the trainer's group are the trainer's to handle
+    prepare_workers()  # before the next line: rewards and environments may have the GPU
     if work.args.engine == "vllm":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(work.num_threads)
@@ -1872,9 +1878,9 @@ class RolloutLoop:
     """Samples and judges prompts in their order, a group for each slot that the trainer grants.
 
     From the trainer: ("grant", slots, version), ("evaluate", version), ("stop",). To it: ("ready",),
-    ("judged", messages) of ("group", slot, group, failures, news) or ("again", slot, version, cursor, group,
-    failures, why, news) where another prompt takes the slot, ("evaluated", version, (groups, failures)),
-    ("refused", text), ("error", traceback).
+    ("judged", messages) of ("group", slot, group, failures) or ("again", slot, version, cursor, group,
+    failures, why) where another prompt takes the slot, ("evaluated", version, (groups, failures)),
+    ("news", what is logged of it), ("refused", text), ("error", traceback).
     """
 
     PLAYERS = 8  # environment processes beside vLLM; each plays a group at a time
@@ -1886,6 +1892,7 @@ class RolloutLoop:
         self.cursors = (cursor for cursor in itertools.count(first) if cursor not in skip)
         self.sending, self.problem = threading.Lock(), ""
         self.in_flight, self.num_tokens, self.busy_seconds, self.busy_since = 0, 0, 0.0, 0.0
+        self.retries = {}  # of requests, by reason
 
     async def run(self):
         """Until it fails, of which the trainer hears at once: threads may go on for long."""
@@ -1923,7 +1930,6 @@ class RolloutLoop:
     def prepare(self):
         """The engine, and processes for environments and rewards."""
         args, work = self.args, self.work
-        prepare_workers()
         self.tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
         if args.engine == "hf":
             policy = load_policy(replace(args, gradient_checkpointing=False), load_config(args), work.device)
@@ -1932,6 +1938,7 @@ class RolloutLoop:
         else:
             servers = [VLLMServer(None, url, timeout=args.vllm_timeout) for url in work.urls]
             self.engine = VLLMEngine(servers, in_flight=True, keep_kv=args.keep_kv)
+            self.retries = self.engine.retries
         num_players, num_judges = (1, 1) if args.engine == "hf" else (self.PLAYERS, self.JUDGES)
         self.players, self.judges = asyncio.Queue(), asyncio.Queue()
         for _ in range(num_players):
@@ -1957,14 +1964,15 @@ class RolloutLoop:
     async def show_life(self):
         while True:
             self.beat.value = time.monotonic()
+            self.send("news", self.news())
             await asyncio.sleep(0.5)
 
     def news(self):
         """What the trainer logs of this process."""
-        busy = self.busy_seconds + (time.monotonic() - self.busy_since if self.in_flight else 0.0)
-        retries = dict(self.engine.retries) if self.args.engine == "vllm" else {}
-        counts = {"busy": busy, "tokens": self.num_tokens, "in_flight": self.in_flight}
-        return {**counts, "retries": retries, "problem": self.problem}
+        now = time.monotonic()
+        busy = self.busy_seconds + (now - self.busy_since if self.in_flight else 0.0)
+        said = {"time": now, "busy": busy, "tokens": self.num_tokens, "in_flight": self.in_flight}
+        return {**said, "retries": dict(self.retries), "problem": self.problem}
 
     async def fill(self, slots):
         """Sample and judge a group for each slot, together, and again with other prompts where it must."""
@@ -1986,12 +1994,12 @@ class RolloutLoop:
             again, messages = [], []  # sent together: the first has the failures of all
             for slot, cursor, group, counts in zip(slots, cursors, groups, signals, strict=True):
                 if counts:
-                    messages.append(("group", slot, group, failures, self.news()))
+                    messages.append(("group", slot, group, failures))
                 else:
-                    found = slot, self.version, cursor, group, failures, why, self.news()
-                    messages.append(("again", *found))
+                    messages.append(("again", slot, self.version, cursor, group, failures, why))
                     again.append(slot)
                 failures = Counter()
+            self.send("news", self.news())
             self.send("judged", messages)
             slots = again
 
@@ -2091,7 +2099,7 @@ class RolloutProcess:
         self.work, self.pacer, self.cursor, self.consumed = work, pacer, cursor, set(consumed)
         self.passed_over = []  # groups in whose place others are sampled, since they were last logged
         self.failures, self.judged = Counter(), 0  # of samples, since they were last logged
-        self.dropped, self.evaluated = Counter(), {}
+        self.dropped, self.evaluated, self.rates = Counter(), {}, {}
         self.version, self.evaluating, self.may_restart, self.refused = 0, None, True, 0
         atexit.register(self.stop)
         self.start()
@@ -2110,8 +2118,8 @@ class RolloutProcess:
         print(f"rollouts  process {self.process.pid}", flush=True)
         theirs.close()
         self.inbox, self.last_group = queue.SimpleQueue(), time.monotonic()
-        self.news = {"busy": 0.0, "tokens": 0, "in_flight": 0, "retries": {}, "problem": ""}
-        self.before = self.last_group, self.news
+        self.news = {"time": self.last_group, "busy": 0.0, "tokens": 0, "in_flight": 0, "retries": {}}
+        self.news["problem"], self.logged = "", self.news
         threading.Thread(target=receive_all, args=(self.pipe, self.inbox), daemon=True).start()
 
     def stop(self):
@@ -2127,10 +2135,10 @@ class RolloutProcess:
         """Messages are short, and so wait for nobody who reads them."""
         send_all(self.pipe, [message])
 
-    def grant(self, count, version):
-        """Let it begin so many groups, now that the engine has the weights of `version`."""
+    def grant(self, version):
+        """Let it begin groups, now that the engine has the weights of `version`."""
         self.version = version
-        self.send("grant", self.pacer.open(count, version), version)
+        self.send("grant", self.pacer.open(version), version)
 
     def evaluate(self, version):
         """Let it evaluate; `evaluated` has the groups later."""
@@ -2167,7 +2175,8 @@ class RolloutProcess:
             if (waited := now - max(since, self.last_group)) > self.work.args.rollout_timeout:
                 raise EngineError(
                     f"no group was finished in {waited:.0f} s (--rollout-timeout); {self.news['in_flight']} "
-                    f"prompts are in flight, {len(self.pacer.finished)} groups wait for others"
+                    f"prompts are in flight, {len(self.pacer.finished)} groups wait for others; to judge "
+                    "one may take several times --reward-timeout"
                 )
             try:
                 self.take_in(self.inbox.get(timeout=max(0.0, min(1.0, until - now))))
@@ -2181,12 +2190,12 @@ class RolloutProcess:
                 for each in messages:
                     self.take_in(each)
                 return
-            case "group", slot, group, failures, news:
+            case "group", slot, group, failures:
                 self.pacer.finished[slot] = Finished(group, time.monotonic())
                 self.failures += failures
                 self.judged += len(group)
                 self.refused = 0
-            case "again", slot, version, cursor, group, failures, why, news:
+            case "again", slot, version, cursor, group, failures, why:
                 self.pacer.began[slot] = version
                 self.passed_over.append(group)
                 self.failures += failures
@@ -2201,6 +2210,9 @@ class RolloutProcess:
             case "evaluated", version, found:
                 self.evaluated[version], self.evaluating = found, None
                 return
+            case "news", news:
+                self.news = news
+                return
             case "refused", text:  # it would be again
                 raise EngineError(text)
             case ("error", text) | ("crash", text):
@@ -2208,27 +2220,29 @@ class RolloutProcess:
                 return
             case ("ready",):
                 return
-        self.news, self.last_group = news, time.monotonic()
+        self.last_group = time.monotonic()
 
     def batch(self, version):
         """-> the Batch of the step from `version`; None where it must wait."""
         if (finished := self.pacer.take(version)) is None:
             return None
-        now, (then, before) = time.monotonic(), self.before
-        seconds = max(now - then, 1e-9)
+        now, news, logged = time.monotonic(), self.news, self.logged
+        if seconds := news["time"] - logged["time"]:  # else what was logged holds
+            tokens, busy = news["tokens"] - logged["tokens"], news["busy"] - logged["busy"]
+            self.rates = {"rollout/generated_tok_s": tokens / seconds}
+            self.rates["utilisation/generation"] = busy / seconds
         metrics = {
             "sample/rollout_queue_size": len(self.pacer.finished),
             "sample/time_in_queue_s": float(np.mean([now - each.time for each in finished])),
-            "rollout/inflight": self.news["in_flight"],
-            "rollout/generated_tok_s": (self.news["tokens"] - before["tokens"]) / seconds,
-            "utilisation/generation": (self.news["busy"] - before["busy"]) / seconds,
+            "rollout/inflight": news["in_flight"],
+            **self.rates,
         }
         metrics |= {f"rollout/dropped/{why}": count for why, count in self.dropped.items()}
-        metrics |= {f"rollout/retried/{why}": count for why, count in self.news["retries"].items()}
+        metrics |= {f"rollout/retried/{why}": count for why, count in news["retries"].items()}
         passed_over = [group for group in self.passed_over if group]  # one that was refused is empty
-        own = self.failures, self.judged, metrics, self.news["problem"]
+        own = self.failures, self.judged, metrics, news["problem"]
         batch = Batch([each.group for each in finished], passed_over, *own)
-        self.before, self.passed_over, self.failures, self.judged = (now, self.news), [], Counter(), 0
+        self.logged, self.passed_over, self.failures, self.judged = news, [], Counter(), 0
         return batch
 
     def close(self, groups):
@@ -2298,7 +2312,8 @@ def check_args(args):
         raise UserError(
             "--importance-sampling-clip-min must be 0 or more and below --importance-sampling-clip-max"
         )
-    if args.loss_type == "vespo" and args.importance_sampling_mode.startswith("sequence"):
+    corrects = args.proximal == "trainer" and args.importance_sampling_mode != "none"
+    if args.loss_type == "vespo" and corrects and args.importance_sampling_mode.startswith("sequence"):
         raise UserError("--loss-type vespo corrects by token; add --importance-sampling-mode token_truncate")
     if args.loss_type == "vespo" and args.importance_sampling_level == "sequence":
         raise UserError(
@@ -2353,8 +2368,8 @@ def check_args(args):
         "max_turns": (args.environment, "--environment"),
         "environment_timeout": (args.environment, "--environment"),
         "importance_sampling_mode": (args.proximal == "trainer", "--proximal trainer"),
-        "importance_sampling_clip_min": (args.importance_sampling_mode != "none", "a correction"),
-        "importance_sampling_clip_max": (args.importance_sampling_mode != "none", "a correction"),
+        "importance_sampling_clip_min": (corrects, "a correction, by --proximal trainer"),
+        "importance_sampling_clip_max": (corrects, "a correction, by --proximal trainer"),
         **{
             f"vespo_{name}": (args.loss_type == "vespo", "--loss-type vespo")
             for name in ("k_pos", "lambda_pos", "k_neg", "lambda_neg")
@@ -2482,7 +2497,7 @@ def main(args):
         limits = args.max_turns, room + args.max_completion_length, args.max_completion_length
         own = shared_weights, device, dtype, num_threads
         work = RolloutWork(args, data, eval_data, stop_ids, limits, urls, *own)
-        pacer = Pacer(prompts_per_step, args.max_staleness, args.in_order)
+        pacer = Pacer(prompts_per_step, args.max_staleness, total_steps, progress["step"], args.in_order)
         rollouts = RolloutProcess(work, pacer, progress["cursor"], progress["consumed"])
         cut_completions(output_dir / "completions.jsonl", progress["step"])
         total, trained = (
@@ -2500,7 +2515,6 @@ def main(args):
     bar = tqdm(total=total_steps, initial=progress["step"], disable=rank != 0, unit="step")
 
     unchecked = 2  # times that log-probs are compared after the engine got weights
-    granted = progress["step"]  # steps for which groups were granted
 
     def stop_here(problem):
         """End the run with a checkpoint, on all ranks."""
@@ -2510,8 +2524,8 @@ def main(args):
         raise UserError(f"{problem}\nStopped after step {progress['step']}, {kept}; mend it, then --resume")
 
     def publish(step, is_lost=False):
-        """Give the engine the weights of `step`, on all ranks. A server that fails, or has lost them, is
-        started again once, and gets them; then the run stops."""
+        """Give the engine the weights of `step`, on all ranks -> why that cannot be done, or None. A server
+        that fails, or has lost them, is started again once, and gets them."""
         nonlocal unchecked
         for attempts_left in (1, 0):
             problem, unchecked = None, max(unchecked, int(is_lost))
@@ -2527,14 +2541,14 @@ def main(args):
                 except UserError as error:  # all ranks have one
                     problem = error
             if not any_rank(problem) or any_rank(caught_signals):  # of which wait_for hears next
-                return
+                return None
             problem = problem or EngineError("the engine of another rank failed")
             if attempts_left and rank == 0:
                 bar.write(f"step {step}: {problem}; it is tried once more")
             is_lost = bool(servers)
             if rank == 0 and not servers:  # its process has ended, perhaps with the lock
                 try_engine(rollouts.restart, problem)
-        stop_here(problem)
+        return problem
 
     def wait_for(step, ready):
         """What ready() finds on the first rank, for all ranks; None where a signal stops the run. Servers
@@ -2553,16 +2567,9 @@ def main(args):
             if said[0] is not None:
                 return said[0]
             if any_rank(any(server.is_owner and server.has_lost(step) for server in servers)):
-                publish(step, is_lost=True)
+                if problem := publish(step, is_lost=True):
+                    stop_here(problem)
                 since = time.monotonic()
-
-    def grant(step):
-        """Let groups begin with the weights of `step`: as many as are trained in the next steps."""
-        nonlocal granted
-        until = min(total_steps, step + args.max_staleness + 1)
-        if rank == 0:
-            rollouts.grant((until - granted) * prompts_per_step, step)
-        granted = until
 
     def evaluate_when_due(step):
         due = step in (0, total_steps) or (args.eval_every and step % args.eval_every == 0)
@@ -2579,9 +2586,11 @@ def main(args):
             shown = ", ".join(f"{name} {value:.4f}" for name, value in log.evals[step].items())
             bar.write(f"step {step}: {shown}")
 
-    publish(progress["step"])
+    if problem := publish(progress["step"]):
+        stop_here(problem)
     evaluate_when_due(progress["step"])  # on resume, where the run ended between a step and its evaluation
-    grant(progress["step"])
+    if rank == 0:
+        rollouts.grant(progress["step"])
 
     # ---- Training ----
     for step in range(progress["step"], total_steps):
@@ -2664,6 +2673,10 @@ def main(args):
             micro_batch = collate_samples(some, device, packing)
             stats = unwrap(policy).token_stats(micro_batch, args.temperature, want_aux_loss=aux_coef > 0)
             loss, is_trained_N, sums, most = grpo_loss(stats, sampled, args, entropy_floor)
+            if args.proximal == "sampler":  # to itself it is 0: log its age
+                gap_N = (stats.logps_N.detach() - sampled.sampler_logps_N).abs()
+                sums["sampling/sampling_logp_difference/mean"] = gap_N.sum()
+                most["sampling/sampling_logp_difference/max"] = gap_N.max() if len(gap_N) else gap_N.sum()
             if args.entropy_coef:
                 entropy = (stats.entropy_N * is_trained_N).sum() / max(1, entropy_tokens)
                 loss = loss - args.entropy_coef * entropy
@@ -2710,10 +2723,11 @@ def main(args):
 
         # ---- Weight sync ----
         sync_began, paused = time.perf_counter(), sum(server.pause_seconds for server in servers)
-        if progress["step"] < total_steps or args.eval_dataset:
-            publish(progress["step"])
+        is_last = progress["step"] == total_steps
+        problem = None if is_last and not args.eval_dataset else publish(progress["step"])
         sync_seconds = time.perf_counter() - sync_began
-        paused = sum(server.pause_seconds for server in servers) - paused
+        paused = torch.tensor(sum(server.pause_seconds for server in servers) - paused, device=device)
+        dist.all_reduce(paused, dist.ReduceOp.MAX)
 
         # ---- Log, evaluate, save ----
         seconds = time.perf_counter() - began
@@ -2727,7 +2741,10 @@ def main(args):
             cursor, train_seconds = progress["cursor"], sync_began - train_began
             metrics |= {"epoch": cursor / len(data), "grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics |= {"perf/rollout_wait_s": wait_seconds, "perf/weight_sync_s": sync_seconds}
-            metrics |= {"perf/weight_sync_pause_s": paused, "utilisation/trainer": 1 - wait_seconds / seconds}
+            metrics |= {
+                "perf/weight_sync_pause_s": paused.item(),
+                "utilisation/trainer": 1 - wait_seconds / seconds,
+            }
             metrics |= {"sample/staleness_max": max(ages, default=0)}
             metrics |= {"sample/staleness_mean": float(np.mean([*ages.elements()] or [0]))}
             metrics |= {f"staleness/{age}": n / ages.total() for age, n in sorted(ages.items())}
@@ -2736,8 +2753,11 @@ def main(args):
             metrics |= {"tokens_per_second": step_tokens / seconds, "step_seconds": seconds}
             counts = {name: progress[name] for name in ("step", "tokens", "cursor")}
             log.write({**counts, **{name: finite(value) for name, value in metrics.items()}})
+        if problem:
+            stop_here(problem)
         evaluate_when_due(progress["step"])
-        grant(progress["step"])
+        if rank == 0:
+            rollouts.grant(progress["step"])
         if args.save_every and (progress["step"] % args.save_every == 0 or progress["step"] == total_steps):
             save_checkpoint(output_dir, progress, policy, optimizer, args.keep_checkpoints, **moving)
     bar.close()

@@ -2391,7 +2391,11 @@ def play_episodes(
     max_turns, *max_tokens = limits
     groups = begin_episodes(rows, keys, seeds, num_samples, environment, tokenizer, max_tokens)
     for turn in range(max_turns):
-        written = write_turn(engine, groups, turn, temperature, stop_ids)
+        try:
+            written = write_turn(engine, groups, turn, temperature, stop_ids)
+        except EngineError:
+            end_episodes(groups, environment)
+            raise
         calls = {}
         for episode, prefix, piece in written:
             text = tokenizer.decode(piece.ids, skip_special_tokens=True)
@@ -3115,6 +3119,10 @@ class VLLMEngine:
         for span in choice["weight_versions"]:
             version = int(span["version"]) if span["version"].isdecimal() else -1
             versions += [version] * (span["end"] - span["start"])
+        if not len(versions) == len(logps) == len(choice["token_ids"]):
+            raise EngineError(
+                f"the vLLM server {server.url} does not tell versions and log-probs of all tokens"
+            )
         is_finished = choice["finish_reason"] == "stop"
         return Rollout(prompt_ids, choice["token_ids"], logps, is_finished, versions=versions)
 

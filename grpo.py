@@ -211,7 +211,7 @@ class Args:
     eval_generations: int = 1
     """Samples of each held-out prompt; 1 is greedy. pass@k: for one of them the first reward is 1 or more."""
     engine: Literal["hf", "vllm"] = "hf"
-    """What generates: a copy of the policy in this process, or vLLM servers."""
+    """What generates: a copy of the policy, or vLLM servers."""
     vllm_url: tuple[str, ...] = ()
     """Servers that run already, such as http://10.0.0.2:8000; without, each rank starts one."""
     vllm_timeout: float = 600.0
@@ -1424,9 +1424,10 @@ def try_engine(function, *given):
 
 def check_engine(args, engine, model, row, stop_ids, device):
     """Compare log-probs of a few samples of a row's prompt, of each server. All ranks take part."""
-    remedy, n = "try --engine vllm", 1
-    if args.engine == "vllm":
-        server, n = engine.servers[0], len(engine.servers)  # each gets one, the least busy
+    n = max(1, math.ceil(len(args.vllm_url) / dist.get_world_size()))  # the same on all ranks
+    remedy = "try --engine vllm"
+    if args.engine == "vllm":  # each of a rank's servers gets one, the least busy
+        server = engine.servers[0]
         remedy = f"does each server have {base_model(args)}? Start it with\n{server.needs.shell(server.url)}"
     keys = [(args.seed, 2**31)] * n
     asked = [row["input_ids"]] * n, keys, 4, [16] * n, args.temperature, stop_ids
