@@ -843,6 +843,18 @@ def check_lengths(args, config):
     return args.max_length or context or args.micro_batch_tokens
 
 
+def longest_sample(args, max_length, datasets):
+    """Most tokens of a prompt and its completion; UserError if they do not fit into a micro-batch."""
+    lengths = [length for rows in datasets for length in rows["length"]]
+    longest = max_length if args.environment else max(lengths) + args.max_completion_length
+    if longest > args.micro_batch_tokens:
+        raise UserError(
+            f"a prompt and its completion may have {longest} tokens, more than --micro-batch-tokens "
+            f"{args.micro_batch_tokens}; the smallest value that works is {longest}. Or lower --max-length"
+        )
+    return longest
+
+
 def compute_dtype(args, device):
     """What the model computes in."""
     automatic = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -2410,11 +2422,12 @@ def main(args):
     config = load_config(args)
     aux_coef = router_aux_coef(args, config)
     tokenizer = load_tokenizer(args.model, args.chat_template, args.trust_remote_code)
-    room = min(check_lengths(args, config), args.micro_batch_tokens) - args.max_completion_length
+    max_length = check_lengths(args, config)
+    room = max_length - args.max_completion_length
     if room < 1:
         raise UserError(
             f"--max-completion-length {args.max_completion_length} leaves no room for a prompt; raise "
-            "--max-length or --micro-batch-tokens"
+            "--max-length"
         )
     encode = functools.partial(
         encode_prompt,
@@ -2430,8 +2443,10 @@ def main(args):
     eval_data = None
     if args.eval_dataset:
         eval_data, eval_report = prepare(args.eval_dataset, split=args.eval_split)
-    for rows in [data, eval_data] if args.eval_dataset else [data]:
+    both = [data, eval_data] if args.eval_dataset else [data]
+    for rows in both:
         check_reward_columns(args.rewards, rows["columns"])
+    longest = longest_sample(args, max_length, both)
     prompts_per_step = args.batch_size // args.num_generations
     steps_per_epoch = math.ceil(len(data) / prompts_per_step)
     total_steps = args.max_steps or args.epochs * steps_per_epoch
@@ -2453,7 +2468,7 @@ def main(args):
     data_digest = rows_digest(data)
     check_same_data(data_digest, rows_digest(eval_data) if args.eval_dataset else None)
     output_dir = choose_output_dir(args)
-    servers = find_servers(args, device, dtype, room + args.max_completion_length, output_dir)
+    servers = find_servers(args, device, dtype, longest, output_dir)
     policy = load_policy(args, config, device)
     reference = copy_reference(args, policy, dtype)
     for each in [policy, reference] if isinstance(reference, torch.nn.Module) else [policy]:
@@ -2494,7 +2509,7 @@ def main(args):
     dist.all_gather_object(gathered, [server.url for server in servers if server.is_owner])
     rollouts, urls = None, [url for some in gathered for url in some]
     if rank == 0:
-        limits = args.max_turns, room + args.max_completion_length, args.max_completion_length
+        limits = args.max_turns, longest, args.max_completion_length
         own = shared_weights, device, dtype, num_threads
         work = RolloutWork(args, data, eval_data, stop_ids, limits, urls, *own)
         pacer = Pacer(prompts_per_step, args.max_staleness, total_steps, progress["step"], args.in_order)

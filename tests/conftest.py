@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
@@ -17,6 +18,17 @@ sys.path[:0] = [str(ROOT), str(ASSETS)]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 SHORT = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}  # a run for a test
 TIMES = ("tokens_per_second", "step_seconds")
+if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2 on two cores: a thread each, here and in the scripts
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """With several workers, one has all tests with a real vLLM server, which takes a core while it waits."""
+    for item in items:
+        if item.get_closest_marker("vllm"):
+            item.add_marker(pytest.mark.xdist_group("vllm"))
 
 
 @pytest.fixture(autouse=True)

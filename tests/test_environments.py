@@ -567,7 +567,7 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
     engine = scripted(monkeypatch, turns)
     rows = [{"prompt": [{"role": "user", "content": f"1+1, {n}"}], "answer": "2"} for n in range(8)]
     train(tmp_path / "run", dataset=(write_rows(tmp_path / "rows.jsonl", rows),), max_completion_length=150,
-          environment=f"{ASSETS / 'calculator.py'}:Calculator", micro_batch_tokens=300, beta=0.1, num_iterations=2,
+          environment=f"{ASSETS / 'calculator.py'}:Calculator", micro_batch_tokens=300, max_length=300, beta=0.1, num_iterations=2,
           max_steps=4)  # fmt: skip
     metrics = read_metrics(tmp_path / "run")
     for row in metrics:
