@@ -880,7 +880,7 @@ def test_default_run_learns(tmp_path):
     began = time.time()
     result = run("dpo.py", "--output-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-6000:]
-    assert time.time() - began < 180
+    assert time.time() - began < 180 * float(os.environ.get("TIME_FACTOR", 1))
     evals = [row for row in read_metrics(tmp_path / "run") if "eval/exact_match" in row]
     assert 0.35 < evals[0]["eval/exact_match"] < 0.65
     assert evals[-1]["eval/exact_match"] > evals[0]["eval/exact_match"] + 0.2
