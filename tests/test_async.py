@@ -21,7 +21,8 @@ import torch
 from conftest import ASSETS, ROOT, assert_same_curve, kill, read_metrics, run, start, wait_for_step, weights
 from test_vllm import server_processes
 
-from async_grpo import EngineError, Pacer, RolloutProcess, epoch_order
+import async_grpo
+from async_grpo import EngineError, Pacer, RolloutProcess, UserError, epoch_order
 
 FLAGS = ["--wandb", "disabled", "--batch-size", "32", "--num-generations", "4"]
 SHORT = [*FLAGS, "--eval-dataset", "--max-steps", "6"]
@@ -221,20 +222,35 @@ def test_a_first_step_without_signal_is_no_error(tmp_path):
     assert [row["loss"] for row in read_metrics(tmp_path / "run")] == [0.0, 0.0]
 
 
-@pytest.mark.slow
-def test_flags_that_would_do_nothing_are_refused(tmp_path):
-    for flags, message in [
-        (
-            ["--proximal", "sampler", "--importance-sampling-mode", "none"],
-            "--importance-sampling-mode does not apply",
-        ),
-        (["--keep-kv"], "--keep-kv does not apply"),
-        (["--max-staleness", "-1"], "it must be 0 or more"),
-        (["--rewards", "nonsense"], "--rewards nonsense"),
-    ]:
-        done = run("async_grpo.py", *SHORT, *flags, "--output-dir", tmp_path / "run")
-        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
-        assert not (tmp_path / "run").exists()
+BAD_FLAGS = {
+    "a correction that is not made": (
+        {"proximal": "sampler", "importance_sampling_mode": "none"},
+        "--importance-sampling-mode does not apply .* needs --proximal trainer",
+    ),
+    "the bound of a correction that is not made": (
+        {"proximal": "sampler", "importance_sampling_clip_max": 0.5},
+        "--importance-sampling-clip-max does not apply .* --proximal trainer",
+    ),
+    "caches of no server": ({"keep_kv": True}, "--keep-kv does not apply"),
+    "staleness": ({"max_staleness": -1}, "it must be 0 or more"),
+    "reward": ({"rewards": ("nonsense",)}, "--rewards nonsense"),
+    "micro-batch": (
+        {"micro_batch_tokens": 30},
+        r"more than --micro-batch-tokens 30; the smallest value .* \d\d\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(tmp_path, name):
+    flags, message = BAD_FLAGS[name]
+    with pytest.raises(UserError, match=message):
+        async_grpo.main(async_grpo.Args(output_dir=str(tmp_path / "run"), **flags))
+    assert not (tmp_path / "run").exists()
+
+
+def test_vespo_needs_no_correction_by_the_sampler_itself():
+    async_grpo.check_args(async_grpo.Args(loss_type="vespo", proximal="sampler"))
 
 
 def trained_prompts(path):
