@@ -2228,6 +2228,7 @@ class RolloutProcess:
             case "refused", text:  # it would be again
                 raise EngineError(text)
             case ("error", text) | ("crash", text):
+                self.process.join(5)
                 self.restart(text or f"it ended with exit code {self.process.exitcode}")
                 return
             case ("ready",):
