@@ -340,7 +340,13 @@ def rollout_process(process):
 def wrapper(directory, changes):
     """A script that is async_grpo.py, in all its processes, after these changes to it."""
     begin = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport os, signal, async_grpo, tyro\n"
-    end = '\nif __name__ == "__main__":\n    async_grpo.main(tyro.cli(async_grpo.Args))\n'
+    end = """
+if __name__ == "__main__":
+    try:
+        async_grpo.main(tyro.cli(async_grpo.Args))
+    except async_grpo.UserError as error:
+        sys.exit(f"error: {error}")
+"""
     (directory / "wrapper.py").write_text(begin + changes + end)
     return directory / "wrapper.py"
 

@@ -794,7 +794,8 @@ def test_samples_of_another_teacher_are_not_taken(tmp_path, scripted, monkeypatc
 
     def request(self, method, path, **_):
         assert self.url == URL
-        return {"data": [served]} if path == "v1/models" else None
+        said = {"prompt_logprobs": [None, {"0": {"logprob": -1.0}}]}
+        return {"data": [served]} if path == "v1/models" else said
 
     def generate(prompts, *_):
         drawn.append(served["root"])
@@ -812,6 +813,16 @@ def test_samples_of_another_teacher_are_not_taken(tmp_path, scripted, monkeypatc
         for path in (tmp_path / "run").iterdir():  # but for the samples, a new run
             if not path.name.startswith("teacher-"):
                 (shutil.rmtree if path.is_dir() else Path.unlink)(path)
+
+
+def test_a_server_without_log_probs_is_refused(scripted, monkeypatch):
+    """vLLM's --logprobs-mode raw_logits, for one."""
+    said = {"data": [{"id": "teacher", "root": "one", "max_model_len": 999}]}
+    said |= {"prompt_logprobs": [None, {"0": {"logprob": 17.0}, "1": {"logprob": -3.0}}]}
+    monkeypatch.setattr(gkd.TeacherServer, "check", CHECK)
+    monkeypatch.setattr(VLLMServer, "request", lambda *_, **__: said)
+    with pytest.raises(UserError, match="17.0 is no log-prob: it needs --logprobs-mode raw_logprobs"):
+        gkd.TeacherServer(gkd.Args(teacher=URL, teacher_top_k=2), 99, 512).check(())
 
 
 def test_a_signal_while_the_teacher_writes(tmp_path, monkeypatch, capsys):
@@ -1001,8 +1012,8 @@ BAD_FLAGS = {
     "the teacher's answers instead": ({"lmbda": 0.0, "seq_kd": True, "overflow": "error"}, "--overflow does not apply"),
     "a top k of all": ({"teacher_top_k": 512}, "--teacher-top-k 512 is not below the 512 ids"),
     "no room in a micro-batch": (
-        {"micro_batch_tokens": 40},
-        r"more than --micro-batch-tokens 40; the smallest value that works is \d\d$",
+        {"micro_batch_tokens": 36},
+        r"more than --micro-batch-tokens 36; the smallest value that works is \d\d$",
     ),
     "no room": ({"max_completion_length": 9000}, "--max-completion-length 9000 leaves no room"),
     "no teacher": ({"teacher": "/nowhere"}, "--teacher /nowhere: its config cannot be loaded"),
