@@ -79,22 +79,32 @@ def test_the_teachers_server_is_started_as_gkd_says():
     assert words == [swapped.get(word, word) for word in expected]
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """With the student, or with a teacher that is one, and with what runs before have made of it."""
+    needs = ServerNeeds(STAND_INS["Qwen/Qwen3-0.6B"], "float32", 2048, "gloo")
+    running = VLLMServer(needs, log_path=tmp_path_factory.mktemp("server") / "vllm.log")
+    yield running
+    running.stop()
+
+
+def starts_server(command):
+    return "--engine vllm" in command or "http://HOST:" in command
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_runs(tmp_path, command):
+@pytest.mark.parametrize(
+    "command", [pytest.param(one, marks=[pytest.mark.vllm] if starts_server(one) else []) for one in COMMANDS]
+)
+def test_command_runs(tmp_path, command, request):
     """One that needs what another made (a run to resume, data) comes after that one."""
     (tmp_path / "rewards.py").write_text(
         "def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
     )
-    if ("--engine vllm" in command or "http://HOST:" in command) and not find_spec("vllm"):
+    if starts_server(command) and not find_spec("vllm"):
         pytest.skip("needs vLLM")
-    if "http://HOST:" in command:  # a server of the student's or of the teacher's
-        needs = ServerNeeds(STAND_INS["Qwen/Qwen3-0.6B"], "float32", 2048, "gloo")
-        server = VLLMServer(needs, log_path=tmp_path / "vllm.log")
-        try:
-            run(re.sub(r"http://HOST:\d+", server.url, command), tmp_path)
-        finally:
-            server.stop()
+    if "http://HOST:" in command:
+        run(re.sub(r"http://HOST:\d+", request.getfixturevalue("server").url, command), tmp_path)
     elif "--resume" in command:
         run(command.replace(" --resume", ""), tmp_path)
         assert "resuming after step 2" in run(command, tmp_path)
