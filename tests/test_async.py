@@ -643,7 +643,7 @@ def test_default_run_learns(tmp_path, engine):
     flags += (
         ["--max-steps", "100"] if engine == "vllm" else []
     )  # a server on the trainer's cores takes minutes
-    done = run("async_grpo.py", *flags, timeout=900)
+    done = run("async_grpo.py", *flags, timeout=1800)
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_metrics(tmp_path) if "eval/reward" in row]
     assert 0.45 < rows[0]["eval/reward"] < 0.55

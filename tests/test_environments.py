@@ -670,7 +670,7 @@ def test_grpo_teaches_the_calculator(tmp_path):
         "sft.py": ["--dataset", chats, *sft, "--output-dir", start],
         "grpo.py": ["--model", start / "final", "--environment", CALCULATOR, *rl, "--output-dir", end],
     }.items():
-        result = run(script, *flags, timeout=600)
+        result = run(script, *flags, timeout=1200)
         assert result.returncode == 0, result.stderr[-2000:]
     evals = [row["eval/reward"] for row in read_metrics(end) if "eval/reward" in row]
     assert 0.05 < evals[0] < 0.6

@@ -889,7 +889,7 @@ def test_bad_rows(tmp_path, name):
 
 @pytest.mark.learn
 def test_default_run_learns(tmp_path):
-    result = run("grpo.py", "--output-dir", tmp_path / "run", timeout=600)
+    result = run("grpo.py", "--output-dir", tmp_path / "run", timeout=1200)
     assert result.returncode == 0, result.stderr[-2000:]
     rows = {row["step"]: row for row in metrics_of(tmp_path / "run") if "eval/reward" in row}
     assert rows[0]["eval/reward"] < 0.6

@@ -698,7 +698,7 @@ def test_two_ranks_have_a_server_each(tmp_path):
 @pytest.mark.learn
 def test_default_run_learns_through_a_server(tmp_path):
     done = run(
-        "grpo.py", "--engine", "vllm", "--output-dir", tmp_path / "run", "--wandb", "disabled", timeout=900
+        "grpo.py", "--engine", "vllm", "--output-dir", tmp_path / "run", "--wandb", "disabled", timeout=1800
     )
     assert done.returncode == 0, done.stderr
     rows = [row for row in read_metrics(tmp_path / "run") if "eval/reward" in row]
