@@ -31,6 +31,7 @@ import os
 import queue
 import random
 import re
+import resource
 import shlex
 import signal
 import socket
@@ -2759,6 +2760,9 @@ class VLLMServer:
         self.is_owner, self.is_asleep, self.is_paused = is_owner, False, False
         self.process, self.sender, self.url, self.version = None, None, url, None
         self.pause_seconds = 0.0  # in which requests were frozen for weights, in all
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each request has a connection
+        most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
         if url is None:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -105,6 +106,19 @@ def scripted():
     state.url = f"http://127.0.0.1:{server.server_address[1]}"
     yield state
     server.shutdown()
+
+
+def test_as_many_requests_as_there_are_descriptors():
+    """Shells often allow 1024 by default, and a step or an evaluation may have more prompts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        VLLMServer(NEEDS, "http://127.0.0.1:9")
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert allowed > 256
+    assert allowed >= min(65536, hard) or hard == resource.RLIM_INFINITY
 
 
 def engine_at(url, version=3, timeout=5.0):
