@@ -709,6 +709,7 @@ def test_two_ranks_have_a_server_each(tmp_path):
 
 @needs_vllm
 @pytest.mark.vllm
+@pytest.mark.slow
 @pytest.mark.learn
 def test_default_run_learns_through_a_server(tmp_path):
     done = run(
