@@ -14,7 +14,6 @@ import asyncio
 import atexit
 import contextlib
 import csv
-import ctypes
 import fcntl
 import functools
 import hashlib
@@ -2758,7 +2757,7 @@ class VLLMServer:
         is_owner: whether this rank, of those that use it, controls it. timeout: seconds for anything."""
         self.needs, self.log_path, self.gpus, self.timeout = needs, log_path, gpus, timeout
         self.is_owner, self.is_asleep, self.is_paused = is_owner, False, False
-        self.process, self.sender, self.url, self.version = None, None, url, None
+        self.process, self.reaper, self.sender, self.url, self.version = None, None, None, url, None
         self.pause_seconds = 0.0  # in which requests were frozen for weights, in all
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # each request has a connection
         most = 65536 if hard == resource.RLIM_INFINITY else min(hard, 65536)
@@ -2778,9 +2777,15 @@ class VLLMServer:
         if self.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
 
-        def end_with_parent():
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; vLLM then ends its own processes
-
+        # vLLM may hang in its shutdown. At our end, however it comes, the pipe closes and this ends the group.
+        waits = "for _ in $(seq 100); do kill -s 0 -- -$pid || exit; sleep 0.2; done"
+        self.reaper = subprocess.Popen(
+            ["sh", "-c", f"read pid; read _; kill -TERM $pid; {waits}; kill -s KILL -- -$pid"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         with open(self.log_path, "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *args],
@@ -2789,8 +2794,9 @@ class VLLMServer:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )
+        self.reaper.stdin.write(b"%d\n" % self.process.pid)
+        self.reaper.stdin.flush()
 
     def is_dead(self):
         return self.process is not None and self.process.poll() is not None
@@ -2804,6 +2810,8 @@ class VLLMServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+            self.reaper.kill()
+            self.reaper.communicate()
 
     def stop(self):
         """End what we started, and leave what was given to us unpaused, partial weights by another name."""

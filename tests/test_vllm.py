@@ -604,7 +604,8 @@ def server_processes(log_path=""):
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_a_run_survives_its_servers_death_and_takes_it_along(tmp_path):
-    """Killed in the midst of generation, the server is started again; killed itself, the run leaves no server."""
+    """Killed in the midst of generation, the server is started again; killed itself, the run leaves no server, not even
+    one that does not react."""
     out = tmp_path / "run"
     process = start("grpo.py", *FLAGS, "--max-steps", "2000", "--output-dir", out)
     try:
@@ -614,6 +615,8 @@ def test_a_run_survives_its_servers_death_and_takes_it_along(tmp_path):
         for pid in servers:
             os.kill(pid, signal.SIGKILL)
         wait_for_step(process, out, 12, timeout=240)
+        for pid in server_processes(out):
+            os.kill(pid, signal.SIGSTOP)
     finally:
         kill(process, out)
     assert [row["step"] for row in read_metrics(out)][:12] == [0, *range(1, 12)]
