@@ -2777,7 +2777,7 @@ class VLLMServer:
         if self.gpus is not None:
             env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
 
-        # vLLM may hang in its shutdown. When we end, however we do, this one's pipe closes, and it ends the group
+        # vLLM's shutdown may hang. When we end, however we do, this one's pipe closes, and it ends the group.
         waits = "for _ in $(seq 100); do kill -s 0 -- -$pid || exit; sleep 0.2; done"
         self.reaper = subprocess.Popen(
             ["sh", "-c", f"read pid; read _; kill -TERM $pid; {waits}; kill -s KILL -- -$pid"],
