@@ -1992,7 +1992,7 @@ class RolloutLoop:
         while slots:
             cursors = [next(self.cursors) for _ in slots]
             n = len(data)
-            rows = data.select([epoch_order(n, args.seed, c // n)[c % n] for c in cursors])
+            rows = [data[int(epoch_order(n, args.seed, c // n)[c % n])] for c in cursors]
             try:
                 groups = await self.sample(rows, cursors, args.num_generations, args.temperature)
             except RefusedError as error:
