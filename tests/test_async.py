@@ -238,6 +238,15 @@ BAD_FLAGS = {
         {"micro_batch_tokens": 30},
         r"more than --micro-batch-tokens 30; the smallest value .* \d\d\.",
     ),
+    "micro-batch with an environment": (
+        {
+            "environment": f"{ASSETS / 'calculator.py'}:Calculator",
+            "max_length": 400,
+            "max_completion_length": 60,
+            "micro_batch_tokens": 399,
+        },
+        "may have 400 tokens, more than --micro-batch-tokens 399; the smallest value that works is 400",
+    ),
 }
 
 
@@ -586,19 +595,44 @@ def test_a_held_out_prompt_that_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_environment_plays_on_a_server(tmp_path):
-    """Episodes of which each has a process, while weights change."""
+def test_a_step_whose_weights_cannot_be_published_is_kept(tmp_path):
+    """Its row, too: the checkpoint that is resumed from comes after it."""
+    port = free_port()
+    server = simulated_server(port, "--median-seconds", 0.05, "--die-at", "update_weights", "--die-after", 4)
+    flags = [*FLAGS, "--eval-every", "0", "--max-length", "256", "--max-staleness", "1", "--max-steps", "9"]
+    flags += ["--engine", "vllm", "--vllm-url", f"http://127.0.0.1:{port}", "--vllm-timeout", "10"]
+    try:
+        done = run("async_grpo.py", *flags, "--output-dir", tmp_path)
+    finally:
+        server.kill()
+    assert done.returncode == 1
+    assert "Stopped after step 3, which is saved; mend it, then --resume" in done.stderr
+    assert [row["step"] for row in read_metrics(tmp_path) if "loss" in row] == [1, 2, 3]
+    assert (tmp_path / "checkpoint-00000003").is_dir()
+
+
+@pytest.mark.slow
+def test_an_environment_plays_on_a_server(tmp_path, monkeypatch):
+    """Episodes of which each has a process, while weights change. Its rewards may compute on a GPU, which the rollout
+    process gives up."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    (tmp_path / "reward.py").write_text(
+        "import os\n\ndef gpu(completions, **_):\n"
+        "    return [float(os.environ['CUDA_VISIBLE_DEVICES'])] * len(completions)\n"
+    )
     port = free_port()
     server = simulated_server(port, "--median-seconds", 0.05, "--max-model-len", 512)
     flags = [*FLAGS, "--eval-dataset", "--max-steps", "3", "--max-staleness", "1", "--engine", "vllm"]
     flags += ["--vllm-url", f"http://127.0.0.1:{port}", "--max-length", "400"]
     flags += ["--environment", f"{ASSETS / 'calculator.py'}:Calculator", "--max-completion-length", "60"]
+    flags += ["--rewards", "environment", f"{tmp_path}/reward.py:gpu"]
     try:
         done = run("async_grpo.py", *flags, "--output-dir", tmp_path)
     finally:
         server.kill()
     assert done.returncode == 0, done.stderr
     check_prompts(tmp_path, 3)
+    assert {row["rewards/gpu/mean"] for row in read_metrics(tmp_path) if "loss" in row} == {7.0}
     assert {row["failed_rewards"] for row in read_metrics(tmp_path)} == {0}
 
 

@@ -22,6 +22,7 @@ import grpo
 from common import (
     Call,
     EnvironmentWorker,
+    RefusedError,
     Rollout,
     UserError,
     check_tools,
@@ -417,6 +418,31 @@ def test_what_fails_costs_its_episode(echo):
     assert {entry[0][2] for entry in engine.seen} == {1}
     long, _ = play(echo, lambda key, turn: "Done.", rows=[{"start": "x " * 700}], max_length=300)
     assert {episode.failure for episode in long[0]} == {"environment prompt too long"}
+
+
+def test_a_refused_turn_ends_all_episodes(echo, monkeypatch):
+    """The caller goes on with other prompts: nothing may stay in the process."""
+    closed, run_jobs = [], echo.run
+
+    def watch(jobs):
+        answers = run_jobs(jobs)
+        closed.extend(
+            number
+            for number in jobs
+            if answers[number][-1] == ("ok", None) and jobs[number][-1][0] == "close"
+        )
+        return answers
+
+    def turns(key, turn):
+        if turn:
+            raise RefusedError("too long")
+        return hermes("say", text="a")
+
+    monkeypatch.setattr(echo, "run", watch)
+    with pytest.raises(RefusedError, match="too long"):
+        play(echo, turns, rows=[{}, {"start": "raise"}])
+    assert sorted(closed) == sorted(echo.living)
+    assert len(closed) == 4
 
 
 def test_a_hanging_call_fails_one_episode_and_its_process_is_replaced(hasty):

@@ -1,5 +1,6 @@
 """Distillation: divergences against whole logits and TRL, tokenizers, teachers, invariance, resume, and learning."""
 
+import itertools
 import json
 import math
 import os
@@ -784,6 +785,23 @@ def test_the_teachers_samples_are_drawn_once(tmp_path, monkeypatch):
         with pytest.raises(RuntimeError, match="generated again"):
             train(tmp_path / name, **{**flags, name: value})
         gkd.dist.destroy_process_group()
+
+
+def test_a_teacher_that_samples_what_it_does_not_think_is_refused(tmp_path, monkeypatch):
+    """--seq-kd with the embedded engine: nothing is drawn with it, nothing kept."""
+    generate = gkd.HFEngine.generate
+
+    def skewed(*asked):
+        groups = generate(*asked)
+        for rollout in itertools.chain(*groups):
+            rollout.logps = [logp - 0.1 for logp in rollout.logps]
+        return groups
+
+    monkeypatch.setattr(gkd.HFEngine, "generate", skewed)
+    with pytest.raises(UserError, match=r"do not agree .*\n.*\n.*\n.*try --engine vllm"):
+        train(tmp_path, seq_kd=True, lmbda=0.0)
+    gkd.dist.destroy_process_group()
+    assert [path.read_text() for path in tmp_path.glob("teacher-*")] == [""]
 
 
 def test_samples_of_another_teacher_are_not_taken(tmp_path, scripted, monkeypatch):
