@@ -286,7 +286,7 @@ class Args:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL divergence, http://joschu.net/blog/kl-approx.html; k1 only with one of the next two."""
     use_bias_correction_kl: bool = True
-    """Multiply it by the ratio: its gradient is then the divergence's own, off policy, too."""
+    """Multiply it by policy over sampler: its gradient is then the divergence's own, off policy, too."""
     kl_in_reward: bool = False
     """Subtract beta times a sample's k1 from its reward, rather than add the estimator to the loss."""
     sync_ref_model: bool = False
@@ -488,6 +488,8 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
                 kl_N = torch.expm1(ref_ratio_N) - ref_ratio_N
         if args.use_bias_correction_kl:  # the gradient of the ratio is part of it, but in k2
             kl_N = kl_N * (ratio_N.detach() if args.kl_estimator == "k2" else ratio_N)
+            if args.importance_sampling_mode != "none":
+                kl_N = kl_N * mismatch_N.exp().clamp(max=most)
         losses_N = losses_N if args.kl_in_reward else losses_N + args.beta * kl_N
         sums["kl"] = kl_N
     is_low_N, is_high_N = (ratio_N < low) & (advantage_N < 0), (ratio_N > high) & (advantage_N > 0)
@@ -912,10 +914,11 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
+        merges = args.lora_merge or (hasattr(args, "engine") and getattr(args, "lmbda", 1))
+        if merges and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
-                "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
-                "out or take other --lora-targets"
+                "merged, by --lora-merge or to sample, the adapter of the embeddings would change the output "
+                "head too, which is tied to them; take other --lora-targets"
             )
     return policy
 
@@ -1398,7 +1401,13 @@ def whole_weights(policy):
     """
     model = unwrap(policy)
     for name, weight in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if ".original_module." in name:  # what an adapter has whole, to be trained
+            owner, _, kind = name.rpartition(".original_module.")
+            trained = model.get_submodule(owner).modules_to_save
+            weight = trained["default"].get_parameter(kind) if "default" in trained else weight
+            yield f"{owner}.{kind}", full(weight)
             continue
         owner, is_base, kind = name.rpartition(".base_layer.")
         weight, module = full(weight), model.get_submodule(owner) if is_base else None
@@ -1915,7 +1924,8 @@ class RolloutLoop:
             self.send("error" if may_be_mended else "refused", str(group.exceptions[0]))
         except* Exception:
             self.send("error", traceback.format_exc())
-        os._exit(1)
+        finally:  # even if there is no trainer any more
+            os._exit(1)
 
     async def serve(self):
         args, loop = self.args, asyncio.get_running_loop()
@@ -2047,7 +2057,7 @@ class RolloutLoop:
             if not is_free:
                 self.players.put_nowait(player)
         rollouts = [each.rollout if args.environment else each for group in groups for each in group]
-        self.num_tokens += sum(len(rollout.ids) for rollout in rollouts)
+        self.num_tokens += sum(sum(rollout.mask or [True] * len(rollout.ids)) for rollout in rollouts)
         return groups
 
     def sample_here(self, player, rows, cursors, num_samples, temperature, task):
@@ -2648,10 +2658,13 @@ def main(args):
                 ref_logps, _ = recompute(model, kept, plan, device, packing, args.temperature)
             for s, logps in zip(kept, ref_logps, strict=True):
                 s.ref_logps = logps
-        if args.proximal == "sampler":
-            for s in kept:
-                s.old_logps = s.logps
+        if args.kl_in_reward and args.max_staleness:  # the policy's divergence, not that of what sampled
+            logps, _ = recompute(unwrap(policy), kept, plan, device, packing, args.temperature)
+            for s, own in zip(kept, logps, strict=True):
+                s.old_logps = own
         set_advantages(groups, args)
+        for s in kept:
+            s.old_logps = s.logps if args.proximal == "sampler" else None
         samples_of_step = [
             s for s in kept
             if not math.isnan(s.advantage) and (s.is_finished or not args.mask_truncated_completions)
@@ -2759,7 +2772,7 @@ def main(args):
             metrics |= {"perf/rollout_wait_s": wait_seconds, "perf/weight_sync_s": sync_seconds}
             metrics |= {
                 "perf/weight_sync_pause_s": paused.item(),
-                "utilisation/trainer": 1 - wait_seconds / seconds,
+                "utilisation/trainer": 1 - (wait_seconds + sync_seconds) / seconds,
             }
             metrics |= {"sample/staleness_max": max(ages, default=0)}
             metrics |= {"sample/staleness_mean": float(np.mean([*ages.elements()] or [0]))}

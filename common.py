@@ -1400,9 +1400,10 @@ def encode_distillation(
     stands before the answer at its end, if there is one, for a model to write another.
 
     room: most tokens of such a prompt; None where nobody writes: prompt_ids are []. use_answer: False where
-    the row's own answer, which it need not have, is not used: input_ids are the prompt's.
+    the row's own answer, which it need not have, is not used: input_ids are the prompt's, and stop_id is what
+    the chat template ends answers with.
     """
-    encoded = {}
+    encoded, stop_id = {}, -1
     refuse_images(row)
     if use_answer:
         if row.get("prompt") and row.get("completion") is None:
@@ -1428,6 +1429,9 @@ def encode_distillation(
         asked = {"prompt": prompt, "tools": tools, "chat_template_kwargs": arguments}
         asked = encode_prompt(asked, tokenizer, room, vocab_size)
         ids, dropped = asked["input_ids"], asked["dropped"]
+        if isinstance(prompt, list):
+            _, stop, _ = tools_template(tokenizer, tools, arguments).plain_answer
+            stop_id = special_tokens(tokenizer).get(stop, -1)
     else:
         ids, dropped = [], ""
     if not ids:
@@ -1435,7 +1439,7 @@ def encode_distillation(
     if not use_answer:
         used = SFT_KINDS.get("prompt messages" if isinstance(row.get("prompt"), list) else kind, ())
         encoded = {"input_ids": ids, "loss_mask": [False] * len(ids), "length": len(ids), "num_targets": 0}
-        encoded |= {"stop_id": -1, "unused": unused_columns(row, used)}
+        encoded |= {"stop_id": stop_id, "unused": unused_columns(row, used)}
     return {**encoded, "prompt_ids": ids, "dropped": dropped}
 
 

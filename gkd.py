@@ -22,7 +22,8 @@ on_policy_share of the steps so far; completions/mean_length, /clipped_ratio; ge
 eval/loss (of the answers), eval/mean_token_accuracy, eval/exact_match as in sft.py.
 
 CPU:    python gkd.py                                (the embedded student and teacher, in two minutes)
-1 GPU:  python gkd.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --dataset ... --learning-rate 1e-5
+1 GPU:  python gkd.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --dataset ... --learning-rate 1e-5 \\
+            --max-completion-length 1024
 1 node: torchrun --nproc-per-node 8 gkd.py --model ... --teacher ... --dataset ...
 nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 gkd.py ...
 """
@@ -104,6 +105,7 @@ RUN_FLAGS += ["run_name", "micro_batch_tokens", "gradient_checkpointing", "compi
 RUN_FLAGS += ["vllm_url", "vllm_timeout", "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size"]
 LEAST_REST = 1e-5  # probability of the tokens beside a server's top k: what rounding leaves of 1
 ANSWERS_AT_ONCE = 512  # of the teacher, with --seq-kd, between two writes to the disk
+ADAPTED = BaseTunerLayer, AuxiliaryTrainingWrapper  # modules that an adapter changes
 
 
 @dataclass(frozen=True)
@@ -489,14 +491,12 @@ class HeadInputs(NamedTuple):
         return Target(logps_CB, logps_CB.exp(), ids_CK, *about)
 
 
-class Scores(NamedTuple):
-    """What a server says of each trained position."""
+class Scores:
+    """What a server says of each trained position. No tuple, no dataclass: FSDP casts what is in those."""
 
-    logps_NB: torch.Tensor
-    """Log-probs of its likeliest tokens, and of all others together."""
-    ids_NK: torch.Tensor
-    """These tokens, in order."""
-    label_logps_N: torch.Tensor
+    def __init__(self, logps_NB, ids_NK, label_logps_N):
+        """logps_NB: of its likeliest tokens, and of all others together. ids_NK: these tokens, in order."""
+        self.logps_NB, self.ids_NK, self.label_logps_N = logps_NB, ids_NK, label_logps_N
 
     def target(self, rows, labels_C1, k):
         """As HeadInputs.target. k is the server's; the entropy is the buckets'."""
@@ -853,10 +853,11 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
+        merges = args.lora_merge or (hasattr(args, "engine") and getattr(args, "lmbda", 1))
+        if merges and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
-                "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
-                "out or take other --lora-targets"
+                "merged, by --lora-merge or to sample, the adapter of the embeddings would change the output "
+                "head too, which is tied to them; take other --lora-targets"
             )
     return policy
 
@@ -1315,7 +1316,13 @@ def whole_weights(policy):
     """
     model = unwrap(policy)
     for name, weight in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if ".original_module." in name:  # what an adapter has whole, to be trained
+            owner, _, kind = name.rpartition(".original_module.")
+            trained = model.get_submodule(owner).modules_to_save
+            weight = trained["default"].get_parameter(kind) if "default" in trained else weight
+            yield f"{owner}.{kind}", full(weight)
             continue
         owner, is_base, kind = name.rpartition(".base_layer.")
         weight, module = full(weight), model.get_submodule(owner) if is_base else None
@@ -1435,6 +1442,16 @@ def teacher_base(args):
         raise UserError(f"--teacher {args.teacher}: its adapter config cannot be loaded: {error}") from error
 
 
+def flags_that_may_change(args, output_dir):
+    """Between a run and its resumption: of a server the address, and k, as read_scores' error asks for."""
+    try:
+        before = json.loads((output_dir / "args.json").read_text())["args"]["teacher"]
+    except (OSError, ValueError, KeyError, TypeError):  # which check_resumable tells of
+        before = ""
+    are_servers = is_server(args) and is_server(replace(args, teacher=str(before)))
+    return [*RUN_FLAGS, "teacher", "teacher_top_k"] if are_servers else RUN_FLAGS
+
+
 def shared_adapter(args):
     """Where a LoRA student's base is the teacher's, too: the name of the teacher's adapter on it, "" for
     none; otherwise None."""
@@ -1477,9 +1494,17 @@ def load_teacher(args, config, dtype):
             trust_remote_code=args.trust_remote_code,
         )
         if base != args.teacher:
-            teacher = PeftModel.from_pretrained(teacher, args.teacher).merge_and_unload()
+            teacher = PeftModel.from_pretrained(teacher, args.teacher)
     except Exception as error:  # hub, file and format errors alike
         raise UserError(f"--teacher {args.teacher} cannot be loaded: {error}") from error
+    if base != args.teacher:
+        ends = unwrap(teacher).get_input_embeddings(), unwrap(teacher).get_output_embeddings()
+        if config.tie_word_embeddings and any(isinstance(end, ADAPTED) for end in ends):
+            raise UserError(
+                f"--teacher {args.teacher}: its adapter changes the embeddings or the head, and these are "
+                "tied: merged, it would change both. Save it as a whole model with an untied head"
+            )
+        teacher = teacher.merge_and_unload()
     return teacher.eval().requires_grad_(False)
 
 
@@ -1501,11 +1526,13 @@ PROBE_TEXT = "Na\u00efve\t 'tis  12345 + x_1;\n\n  <b>\u65e5\u672c</b> e\u0301 \
 # Characters with all first two bytes of UTF-8: a token of such bytes is no text, and stands in some of these.
 PROBE_BYTES = [*range(0x80, 0x800, 29), *range(0x800, 0xD800, 64), *range(0xE000, 0x10000, 64)]
 PROBE_BYTES = "".join(map(chr, [*PROBE_BYTES, *range(0x10000, 0x110000, 4096)]))
-PROBE_CHAT = [
+PROBE_TURNS = [
+    {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is 1 + 1?"},
     {"role": "assistant", "content": "2"},
     {"role": "user", "content": "And 2 + 2?"},
 ]
+PROBE_CHATS = [PROBE_TURNS[1:], PROBE_TURNS[1:3], PROBE_TURNS[:2]]
 
 
 def check_same_tokens(args, difference):
@@ -1532,15 +1559,20 @@ def local_difference(tokenizer, theirs):
     if tokenizer.eos_token_id != theirs.eos_token_id:
         return f"the EOS token: {tokenizer.eos_token} and {theirs.eos_token}"
     if tokenizer.chat_template and theirs.chat_template:
-        pairs = zip(render(tokenizer), render(theirs), strict=True)
-        return next((f"the chat template: {a!r} and {b!r}" for a, b in pairs if a != b), "")
+        pairs = [[render(each, chat) for each in (tokenizer, theirs)] for chat in PROBE_CHATS]
+        return next((f"the chat template: {a} and {b}" for a, b in pairs if a != b), "")
     return ""
 
 
-def render(tokenizer):
-    """How a tokenizer's template frames a conversation, cut before the next answer, and with it."""
+def render(tokenizer, chat):
+    """-> text and ids of a conversation, opened for an answer to its question; None, [] where the template
+    refuses it."""
     template = ChatTemplate(tokenizer, tokenizer.chat_template, None, {})
-    return template.render(PROBE_CHAT, generation_prompt=True), template.render(PROBE_CHAT[:2])
+    try:
+        text = template.render(chat, generation_prompt=chat[-1]["role"] == "user")
+    except UserError:
+        return None, []
+    return text, tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def weights_digest(policy):
@@ -1557,6 +1589,7 @@ class TeacherServer:
 
     def __init__(self, args, max_length, vocab_size):
         self.k, self.max_length, self.vocab_size = args.teacher_top_k or 1, max_length, vocab_size
+        self.is_asked = args.teacher_top_k > 0  # else the likeliest token only serves a metric
         url = args.teacher.rstrip("/").removesuffix("/v1")
         self.server = VLLMServer(self, url, is_owner=False, timeout=args.vllm_timeout)
         self.source = None  # of what the server is asked, once it has been checked
@@ -1620,10 +1653,13 @@ class TeacherServer:
         for text in [PROBE_TEXT, *pieces]:
             if (said := tokenizer(text)["input_ids"]) != (other := read(prompt=text)):
                 return f"the ids of {text!r}: {said} and {other}"
-        if tokenizer.chat_template:
-            said = tokenizer(render(tokenizer)[0], add_special_tokens=False)["input_ids"]
-            other, refused = try_engine(functools.partial(read, messages=PROBE_CHAT))
-            if not refused and said != other:  # one without a template refuses
+        for chat in PROBE_CHATS if tokenizer.chat_template else ():
+            said, is_asked = render(tokenizer, chat)[1], chat[-1]["role"] == "user"
+            body = {"messages": chat, "add_generation_prompt": is_asked}
+            other, problem = try_engine(functools.partial(read, **body))
+            if problem and problem.status is None:
+                raise problem
+            if said and not problem and said != other:  # one without a template refuses
                 return f"the chat template: {tokenizer.decode(said)!r} and {tokenizer.decode(other)!r}"
         return ""
 
@@ -1654,7 +1690,7 @@ class TeacherServer:
         shape = len(places), self.k
         ids_NK = torch.tensor([int(id) for row in ranked for id, _ in row]).long().view(shape)
         logps_NK = torch.tensor([one["logprob"] for row in ranked for _, one in row]).double().view(shape)
-        if len(places) and (most := ids_NK.max()) >= self.vocab_size:
+        if self.is_asked and len(places) and (most := ids_NK.max()) >= self.vocab_size:
             raise EngineError(
                 f"--teacher-top-k {self.k}: among the likeliest of the teacher is id {most}, of no token; "
                 "lower it"
@@ -1665,7 +1701,8 @@ class TeacherServer:
     def stack(self, scores, device):
         """The Scores of the documents of a micro-batch."""
         none = Scores(torch.zeros(0, self.k + 1), torch.zeros(0, self.k).long(), torch.zeros(0))
-        return Scores(*(torch.cat(parts).to(device) for parts in zip(none, *scores, strict=True)))
+        parts = zip(*(vars(one).values() for one in (none, *scores)), strict=True)
+        return Scores(*(torch.cat(part).to(device) for part in parts))
 
 
 def ask_teacher(args, policy, teacher, batch, vocab_size):
@@ -1955,7 +1992,9 @@ def main(args):
         if their_answers is None:
             dist.destroy_process_group()
             return
-        if teacher is not None:
+        if on_base is not None:
+            teacher = None  # it needs no weights of its own any more
+        elif teacher is not None:
             teacher.set_attn_implementation(args.attention)  # the engine has changed it
     servers = find_servers(args, device, dtype, max_length, output_dir) if args.lmbda else []
     policy = load_policy(args, config, device)
@@ -1967,9 +2006,11 @@ def main(args):
     if on_base is not None:
         teacher = on_base
     if on_base:
-        policy.load_adapter(args.teacher, on_base)
-        head = unwrap(policy).get_output_embeddings()
-        if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        try:
+            policy.load_adapter(args.teacher, on_base)
+        except Exception as error:  # as load_teacher
+            raise UserError(f"--teacher {args.teacher} cannot be loaded: {error}") from error
+        if isinstance(unwrap(policy).get_output_embeddings(), ADAPTED):
             raise UserError(
                 f"--teacher {args.teacher}: its adapter changes the head, and so cannot share the student's "
                 "base; merge it into its base"
@@ -1997,13 +2038,12 @@ def main(args):
             # A server has the base, our copy all of --model.
             with adapter(policy, "" if servers else "default"):
                 engine_check()
+        engine.sleep()  # until the first step that samples
 
     # ---- Resume, report ----
     progress = {"step": 0, "tokens": 0, "on_policy_steps": 0}
     if args.resume:
-        # A server may have moved; of read_scores' error a smaller k is the remedy.
-        may_change = [*RUN_FLAGS, "teacher", "teacher_top_k"] if is_server(args) else RUN_FLAGS
-        check_resumable(output_dir, args, data_digest, may_change)
+        check_resumable(output_dir, args, data_digest, flags_that_may_change(args, output_dir))
         if checkpoints := complete_checkpoints(output_dir):
             progress = load_checkpoint(checkpoints[-1], policy, optimizer)
         if rank == 0:
@@ -2073,8 +2113,11 @@ def main(args):
             if engine.version != step and not any_rank(problem):
                 _, problem = try_engine(engine.load_weights, whole_weights(policy), step)
                 if unchecked and not any_rank(problem):
-                    engine_check()
-                    unchecked -= 1
+                    try:
+                        engine_check()
+                        unchecked -= 1
+                    except UserError as error:  # all ranks have one
+                        problem = error
             if not any_rank(problem):
                 result, problem = try_engine(function, *given)
             if not any_rank(problem):
@@ -2085,6 +2128,7 @@ def main(args):
                 bar.write(f"step {step}: {problem}; it is started again")
                 problem = try_engine(engine.recover, caught_signals)[1]
                 if not any_rank(problem):
+                    unchecked = max(1, unchecked)
                     continue
             stop_for(problem, step)
 

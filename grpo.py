@@ -275,7 +275,7 @@ class Args:
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Of the KL divergence, http://joschu.net/blog/kl-approx.html; k1 only with one of the next two."""
     use_bias_correction_kl: bool = True
-    """Multiply it by the ratio: its gradient is then the divergence's own, off policy, too."""
+    """Multiply it by policy over sampler: its gradient is then the divergence's own, off policy, too."""
     kl_in_reward: bool = False
     """Subtract beta times a sample's k1 from its reward, rather than add the estimator to the loss."""
     sync_ref_model: bool = False
@@ -477,6 +477,8 @@ def grpo_loss(stats, sampled, args, entropy_floor=-math.inf):
                 kl_N = torch.expm1(ref_ratio_N) - ref_ratio_N
         if args.use_bias_correction_kl:  # the gradient of the ratio is part of it, but in k2
             kl_N = kl_N * (ratio_N.detach() if args.kl_estimator == "k2" else ratio_N)
+            if args.importance_sampling_mode != "none":
+                kl_N = kl_N * mismatch_N.exp().clamp(max=most)
         losses_N = losses_N if args.kl_in_reward else losses_N + args.beta * kl_N
         sums["kl"] = kl_N
     is_low_N, is_high_N = (ratio_N < low) & (advantage_N < 0), (ratio_N > high) & (advantage_N > 0)
@@ -901,10 +903,11 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
+        merges = args.lora_merge or (hasattr(args, "engine") and getattr(args, "lmbda", 1))
+        if merges and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
-                "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
-                "out or take other --lora-targets"
+                "merged, by --lora-merge or to sample, the adapter of the embeddings would change the output "
+                "head too, which is tied to them; take other --lora-targets"
             )
     return policy
 
@@ -1387,7 +1390,13 @@ def whole_weights(policy):
     """
     model = unwrap(policy)
     for name, weight in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or ".modules_to_save." in name:
+            continue
+        if ".original_module." in name:  # what an adapter has whole, to be trained
+            owner, _, kind = name.rpartition(".original_module.")
+            trained = model.get_submodule(owner).modules_to_save
+            weight = trained["default"].get_parameter(kind) if "default" in trained else weight
+            yield f"{owner}.{kind}", full(weight)
             continue
         owner, is_base, kind = name.rpartition(".base_layer.")
         weight, module = full(weight), model.get_submodule(owner) if is_base else None

@@ -608,10 +608,11 @@ def load_policy(args, config, device, kind=AutoModelForCausalLM):
     if args.lora_rank:
         policy = add_adapters(args, policy)
         adapted = not isinstance(unwrap(policy).get_input_embeddings(), torch.nn.Embedding)
-        if args.lora_merge and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
+        merges = args.lora_merge or (hasattr(args, "engine") and getattr(args, "lmbda", 1))
+        if merges and adapted and config.tie_word_embeddings and unwrap(policy).can_generate():
             raise UserError(
-                "--lora-merge would change the output head too, which is tied to the embeddings; leave it "
-                "out or take other --lora-targets"
+                "merged, by --lora-merge or to sample, the adapter of the embeddings would change the output "
+                "head too, which is tied to them; take other --lora-targets"
             )
     return policy
 

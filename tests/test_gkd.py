@@ -1,5 +1,7 @@
 """Distillation: divergences against whole logits and TRL, tokenizers, teachers, invariance, resume, and learning."""
 
+import copy
+import functools
 import itertools
 import json
 import math
@@ -463,6 +465,23 @@ def test_another_end_and_another_template_are_seen(tmp_path):
         train(tmp_path / "run", chat_template=str(template))
 
 
+def test_what_only_some_conversations_show_is_seen(tmp_path):
+    """How a system message is framed, and whether the frame's tokens are control tokens."""
+    ours, theirs = load_tokenizer(TEACHER), load_tokenizer(TEACHER)
+    theirs.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + ours.chat_template
+    )
+    assert "the chat template: ('<|im_start|>system" in gkd.local_difference(ours, theirs)
+    assert gkd.local_difference(theirs, theirs) == ""
+
+    def no_control_token(data):
+        data["added_tokens"] = [one for one in data["added_tokens"] if one["content"] != "<|im_start|>"]
+
+    theirs = load_tokenizer(str(copy_of(tmp_path, change=no_control_token)))
+    assert gkd.local_difference(ours, theirs) != ""
+
+
 def padded(tmp_path, name, rows):
     """An embedded model with more rows of embeddings than tokens; the new ones are likely, if nobody looks."""
     path = copy_of(tmp_path, name)
@@ -681,6 +700,91 @@ def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
     assert metrics_of(tmp_path / "right") == metrics_of(tmp_path / "wrong") == metrics_of(tmp_path / "none")
 
 
+def test_what_ends_an_answer_is_known_without_one():
+    """By the template: the tokenizer's EOS may be another."""
+    tokenizer = load_tokenizer(TEACHER)
+    flags = {"room": 50, "use_answer": False}
+    chat = [{"role": "user", "content": "1+1="}]
+    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encode_distillation({"prompt": chat}, tokenizer, **flags)["stop_id"] == stop
+    row = {"messages": [*chat, {"role": "assistant", "content": "2"}]}
+    assert encode_distillation(row, tokenizer, **flags)["stop_id"] == stop
+    assert encode_distillation({"prompt": "1+1="}, tokenizer, **flags)["stop_id"] == -1
+
+
+class FragileEngine(gkd.HFEngine):
+    """As VLLMEngine, with a copy in this process: `events` are what was asked of it; where it is to fail at one of
+    its generations, it does, and from `skewed_at` on its log-probs are not those of the model."""
+
+    fails_at = skewed_at = math.inf
+    servers = (SimpleNamespace(url=URL, needs=SimpleNamespace(shell=lambda url: "its command")),)
+
+    def __init__(self, servers, model, dtype):
+        model = copy.deepcopy(model)
+        model.set_attn_implementation("varlen")
+        super().__init__(model)
+        self.count = 0
+
+    def generate(self, *asked):
+        self.count += 1
+        self.events.append("generate")
+        if self.count == self.fails_at:
+            raise EngineError("it died")
+        groups = super().generate(*asked)
+        for rollout in itertools.chain(*groups) if self.count >= self.skewed_at else ():
+            rollout.logps = [logp - 0.1 for logp in rollout.logps]
+        return groups
+
+    def recover(self, stopped):
+        self.version = None
+        self.events.append("recover")
+
+    def sleep(self):
+        self.events.append("sleep")
+
+
+@pytest.fixture
+def fragile(monkeypatch):
+    check = gkd.check_engine
+    events = FragileEngine.events = []
+    monkeypatch.setattr(gkd, "VLLMEngine", FragileEngine)
+    monkeypatch.setattr(gkd, "find_servers", lambda *_: [])
+    monkeypatch.setattr(gkd, "check_engine", lambda *given: (events.append("check"), check(*given)))
+    return events
+
+
+def test_a_server_that_was_lost_is_compared_again(tmp_path, fragile, monkeypatch):
+    """It may have been started with other weights. Between samples, its GPU is the trainer's."""
+    flags = {"engine": "vllm", "lmbda": 1.0, "max_steps": 4}
+    straight = train(tmp_path / "straight", **flags)
+    checked, plain = ["check", "generate"], ["generate", "sleep"]
+    assert fragile == [*checked, "sleep", *plain, *checked, *plain, *plain, *plain]
+    fragile.clear()
+    monkeypatch.setattr(FragileEngine, "fails_at", 6)
+    assert train(tmp_path / "lost", **flags) == straight
+    assert fragile == [
+        *checked,
+        "sleep",
+        *plain,
+        *checked,
+        *plain,
+        *plain,
+        "generate",
+        "recover",
+        *checked,
+        *plain,
+    ]
+
+
+def test_a_server_that_does_not_take_weights_ends_the_run_with_a_checkpoint(tmp_path, fragile, monkeypatch):
+    monkeypatch.setattr(FragileEngine, "skewed_at", 3)
+    with pytest.raises(UserError, match=r"do not agree[\s\S]*Stopped after step 1, which is saved; mend it"):
+        train(tmp_path, engine="vllm", lmbda=1.0, max_steps=4)
+    gkd.dist.destroy_process_group()
+    assert (tmp_path / "checkpoint-00000001").is_dir()
+    assert fragile.count("recover") == 1
+
+
 # ---- Teachers --------------------------------------------------------------------------------------------------------
 
 
@@ -691,6 +795,28 @@ def test_an_adapter_of_the_head_is_refused(tmp_path):
     gkd.get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
     with pytest.raises(UserError, match="its adapter changes the head"):
         train(tmp_path / "run", teacher=str(tmp_path / "adapter"), lora_rank=4)
+
+
+def test_adapters_that_cannot_be_what_they_were_trained_as(tmp_path):
+    """On tied embeddings, once they are merged; and files that are damaged."""
+    tied = copy_of(tmp_path, "model")
+    config = json.loads((tied / "config.json").read_text())
+    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    base = AutoModelForCausalLM.from_pretrained(tied)
+    adapter = gkd.LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
+    gkd.get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(UserError, match="the embeddings or the head, and these are tied"):
+        train(tmp_path / "merged", teacher=str(tmp_path / "adapter"))
+    gkd.dist.destroy_process_group()
+    flags = {"lora_rank": 4, "teacher": str(tied)}
+    with pytest.raises(
+        UserError, match="to sample, the adapter of the embeddings would change the output head"
+    ):
+        train(tmp_path / "sampled", model=str(tied), lora_targets=("embed_tokens",), **flags)
+    gkd.dist.destroy_process_group()
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"--teacher .* cannot be loaded"):
+        train(tmp_path / "damaged", model=str(tied), **{**flags, "teacher": str(tmp_path / "adapter")})
 
 
 def make_adapter(tmp_path, name="adapter"):
@@ -905,6 +1031,33 @@ def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, scripted, name
     assert scripted.calls == 48, "a request for each document"
 
 
+@pytest.mark.parametrize("name", [*SERVED, "forward"])
+def test_what_a_server_says_is_not_rounded_in_bfloat16(tmp_path, scripted, monkeypatch, name):
+    """FSDP casts what it finds in arguments; a log-prob of -5 in bfloat16 is wrong by up to 0.016."""
+    seen, divergence_stats = set(), gkd.divergence_stats
+
+    @functools.wraps(divergence_stats)
+    def watch(self, batch, said, *rest):
+        seen.update({said.logps_NB.dtype, said.label_logps_N.dtype})
+        return divergence_stats(self, batch, said, *rest)
+
+    monkeypatch.setattr(gkd, "divergence_stats", watch)
+    flags = SERVED.get(name, {"teacher_top_k": 4, "beta": 0.0})
+    train(tmp_path, teacher=URL, dtype="bfloat16", max_length=100, **flags, max_steps=1)
+    assert seen == {torch.float32}
+
+
+def test_the_likeliest_token_may_be_none_where_only_the_sampled_one_counts():
+    said = [None, {"3": {"logprob": -2.0, "rank": 2}, "600": {"logprob": -0.5, "rank": 1}}]
+    given = np.array([1, 3]), np.array([False, True]), said
+    scores = gkd.TeacherServer(gkd.Args(teacher=URL, loss_type="sampled", lmbda=1.0), 99, 512).read_scores(
+        *given
+    )
+    assert scores.label_logps_N.tolist() == [-2.0]
+    with pytest.raises(EngineError, match=r"--teacher-top-k 1: .* is id 600, of no token"):
+        gkd.TeacherServer(gkd.Args(teacher=URL, teacher_top_k=1), 99, 512).read_scores(*given)
+
+
 def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, scripted):
     flags = {"teacher": URL, "teacher_top_k": 4, "max_steps": 5}
     straight, scripted.calls = train(tmp_path / "straight", **flags), 0
@@ -918,6 +1071,37 @@ def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, scripted):
     gkd.dist.destroy_process_group()
     flags["teacher"] = "http://127.0.0.1:9"  # it was started again elsewhere
     assert train(tmp_path / "run", resume=True, **flags) == straight
+    train(tmp_path / "local", max_steps=1, save_every=1)
+    with pytest.raises(UserError, match=r"--teacher was .*, is http.*\n.*--teacher-top-k was 0, is 4"):
+        train(tmp_path / "local", resume=True, **{**flags, "max_steps": 1})
+    gkd.dist.destroy_process_group()
+
+
+def assert_samples_of(model, said, temperature=1.0):
+    """Answers that a teacher wrote are as likely as its own tokens are."""
+    documents = gkd.answer_documents([gkd.Answer(**one) for one in said])
+    model.token_stats = MethodType(gkd.token_stats, model)
+    with torch.no_grad():
+        stats = model.token_stats(collate(documents), temperature)
+    surprise = -stats.logps_N - stats.entropy_N  # 0 in expectation, for tokens that the model has sampled
+    assert abs(surprise.mean()) < 5 * surprise.std() / len(surprise) ** 0.5
+
+
+@needs_vllm
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_server_of_ours_writes_the_teachers_samples(tmp_path):
+    """--seq-kd with a local teacher, an adapter: the server is started with its base, and gets it merged."""
+    adapter = make_adapter(tmp_path)
+    rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:64]
+    (tmp_path / "rows.jsonl").write_text("".join(rows))
+    flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "seq_kd": True, "lmbda": 0.0, "temperature": 0.8}
+    train(tmp_path / "run", teacher=adapter, engine="vllm", max_length=100, **flags)
+    (cache,) = (tmp_path / "run").glob("teacher-*.jsonl")
+    said = [json.loads(line) for line in cache.read_text().splitlines()]
+    assert len(said) == 64
+    model = AutoModelForCausalLM.from_pretrained(merge(tmp_path, adapter), attn_implementation="varlen")
+    assert_samples_of(model, said, temperature=0.8)
 
 
 @needs_vllm
@@ -968,12 +1152,7 @@ def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
         (cache,) = (tmp_path / "seq").glob("teacher-*.jsonl")
         said = [json.loads(line) for line in cache.read_text().splitlines()]
         assert all(one["is_finished"] == (one["ids"][-1] == tokenizer.eos_token_id) for one in said)
-        documents = gkd.answer_documents([gkd.Answer(**one) for one in said])
-        model.token_stats = MethodType(gkd.token_stats, model)
-        with torch.no_grad():
-            stats = model.token_stats(collate(documents))
-        surprise = -stats.logps_N - stats.entropy_N  # 0 in expectation, for tokens that the model has sampled
-        assert abs(surprise.mean()) < 5 * surprise.std() / len(surprise) ** 0.5
+        assert_samples_of(model, said)
     finally:
         running.stop()
     with pytest.raises(UserError, match="does not answer"):

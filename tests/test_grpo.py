@@ -359,12 +359,14 @@ def test_a_ratio_beyond_float32_is_masked(mode):
     assert sums["sampling/importance_sampling_ratio/mean"].item() == pytest.approx(means[mode])
 
 
-def expected_gradient(logits_V, args, ref_V, old_V=None):
-    """Of the KL term over all tokens of a vocabulary, weighed by their probability under the policy or an old one."""
+def expected_gradient(logits_V, args, ref_V, old_V=None, proximal="sampler"):
+    """Of the KL term over all tokens of a vocabulary, weighed by their probability under the policy or an old one, to
+    which ratios are taken, or to the policy itself."""
     logits_V = logits_V.clone().requires_grad_()
     logps_V = logits_V.log_softmax(-1)
     n, old_V = len(logits_V), logps_V.detach() if old_V is None else old_V
-    sampled = grpo.Sampled(old_V, old_V, ref_V, torch.zeros(n).double(), old_V.exp(), torch.arange(n))
+    near_V = old_V if proximal == "sampler" else None
+    sampled = grpo.Sampled(near_V, old_V, ref_V, torch.zeros(n).double(), old_V.exp(), torch.arange(n))
     stats = SimpleNamespace(logps_N=logps_V, entropy_N=torch.ones(n))
     (gradient,) = torch.autograd.grad(grpo.grpo_loss(stats, sampled, args)[0], logits_V)
     return gradient
@@ -386,8 +388,10 @@ def test_gradients_of_the_kl_estimators_in_expectation():
         ("k2", False, None, reverse), ("k3", False, None, forward), ("k1", False, None, torch.zeros_like(reverse)),
     ):  # fmt: skip
         args = grpo.Args(beta=1.0, kl_estimator=estimator, use_bias_correction_kl=corrected)
-        found = expected_gradient(logits_V, args, ref_V, old)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        args = replace(args, importance_sampling_clip_max=99.0)
+        for proximal in ("sampler", "trainer"):
+            found = expected_gradient(logits_V, args, ref_V, old, proximal)
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 # ---- The embedded engine ---------------------------------------------------------------------------------------------

@@ -40,17 +40,26 @@ CONFIG = {
 # ---- What is sent ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", ["embed_tokens", "down_proj"]])
-def test_with_lora_every_weight_is_sent_as_peft_merges_it(targets):
-    """All of them: of the fused weights of vLLM none can be loaded in part."""
+@pytest.mark.parametrize(
+    ("targets", "whole"),
+    [
+        (["q_proj", "v_proj"], None),
+        ("all-linear", None),
+        (["embed_tokens", "down_proj"], None),
+        (["q_proj"], ["norm"]),
+    ],
+)
+def test_with_lora_every_weight_is_sent_as_peft_merges_it(targets, whole):
+    """All of them: of the fused weights of vLLM none can be loaded in part. `whole` modules have no adapter, but are
+    trained themselves."""
     model = policy_like(ASSETS / "model")
     if "embed_tokens" in targets:
         model.config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    policy = get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules=targets, modules_to_save=whole))
     with torch.no_grad():
         for name, weight in policy.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name or "modules_to_save" in name:
                 weight.normal_()
     sent = dict(grpo.whole_weights(policy))
     merged = dict(policy.merge_and_unload().named_parameters())
