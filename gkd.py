@@ -22,7 +22,7 @@ on_policy_share of the steps so far; completions/mean_length, /clipped_ratio; ge
 eval/loss (of the answers), eval/mean_token_accuracy, eval/exact_match as in sft.py.
 
 CPU:    python gkd.py                                (the embedded student and teacher, in two minutes)
-1 GPU:  python gkd.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --dataset ... --learning-rate 1e-5 \\
+1 GPU:  python gkd.py --model Qwen/Qwen3-0.6B --teacher Qwen/Qwen3-4B --dataset ... --learning-rate 1e-5
             --max-completion-length 1024
 1 node: torchrun --nproc-per-node 8 gkd.py --model ... --teacher ... --dataset ...
 nodes:  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 gkd.py ...

@@ -198,6 +198,9 @@ def test_in_order_against_the_sampler_with_groups_replaced(tmp_path):
         "replace",
         "--max-staleness",
         "2",
+        "--beta",
+        "0.01",
+        "--kl-in-reward",
     ]
     flags += ["--rewards", f"{tmp_path}/reward.py:odd"]
     done = run("async_grpo.py", *flags, "--output-dir", tmp_path / "run")
@@ -232,6 +235,7 @@ BAD_FLAGS = {
         "--importance-sampling-clip-max does not apply .* --proximal trainer",
     ),
     "caches of no server": ({"keep_kv": True}, "--keep-kv does not apply"),
+    "an order that is always": ({"in_order": True, "max_staleness": 0}, "--in-order does not apply"),
     "staleness": ({"max_staleness": -1}, "it must be 0 or more"),
     "reward": ({"rewards": ("nonsense",)}, "--rewards nonsense"),
     "micro-batch": (

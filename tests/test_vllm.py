@@ -159,6 +159,17 @@ def test_every_sampling_setting_is_given(scripted):
     )
 
 
+def test_kept_caches_count_for_one_version_only(scripted):
+    """The server would take keys and values of the same prompt that older weights made."""
+    scripted.answers["inference/v1/generate"] = (200, {"choices": [choice()]})
+    servers = [VLLMServer(NEEDS, scripted.url, timeout=5.0)]
+    for keep_kv, versions in ((True, (3, 4)), (False, (3,))):
+        engine = VLLMEngine(servers, in_flight=True, keep_kv=keep_kv)
+        for engine.version in versions:
+            ask(engine)
+    assert [body.get("cache_salt") for body in scripted.bodies] == ["version 3", "version 4", None]
+
+
 def test_samples_and_prompts_have_seeds_of_their_own(scripted):
     scripted.answers["inference/v1/generate"] = (200, {"choices": [choice()]})
     engine = engine_at(scripted.url)
