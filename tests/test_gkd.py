@@ -476,10 +476,11 @@ def test_what_only_some_conversations_show_is_seen(tmp_path):
     assert gkd.local_difference(theirs, theirs) == ""
 
     def no_control_token(data):
+        data["model"]["vocab"]["<|im_start|>"] = ours.convert_tokens_to_ids("<|im_start|>")
         data["added_tokens"] = [one for one in data["added_tokens"] if one["content"] != "<|im_start|>"]
 
     theirs = load_tokenizer(str(copy_of(tmp_path, change=no_control_token)))
-    assert gkd.local_difference(ours, theirs) != ""
+    assert "the chat template: ('<|im_start|>user" in gkd.local_difference(ours, theirs)
 
 
 def padded(tmp_path, name, rows):
