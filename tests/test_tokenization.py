@@ -1,6 +1,8 @@
-"""common.py's rows, chat templates and loss masks. Templates are the stock ones that TRL ships, and Mistral's below."""
+"""common.py's section 1: rows, chat templates and loss masks, the data report. Templates are the stock ones that TRL
+ships, and Mistral's below."""
 
 import copy
+import datetime
 import functools
 import json
 import os
@@ -15,19 +17,24 @@ from conftest import ASSETS, write_rows
 from filelock import FileLock, Timeout
 from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, TemplateProcessing
-from transformers import AutoTokenizer
 
 from common import (
+    DISTILLATION_FEATURES,
+    PREFERENCE_FEATURES,
     SFT_FEATURES,
+    DroppedRow,
     UserError,
-    encode_messages,
+    collate,
+    encode_distillation,
+    encode_preference,
+    encode_prompt,
     encode_sft,
     encode_text,
+    group_documents,
     load_tokenizer,
     mark_trained,
-    parse_row,
-    parse_source,
     prepare_data,
+    split_batch,
 )
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -49,24 +56,18 @@ MISTRAL = """{%- if messages[0].role == 'system' %}{%- set system = messages[0].
 {%- else %}{{- raise_exception('roles are user, assistant, system and tool') }}{%- endif %}{%- endfor %}"""
 TOOL = {"type": "function", "function": {"name": "look_up", "description": "d", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}}}  # fmt: skip
 CALL = [{"type": "function", "function": {"name": "look_up", "arguments": {"x": 1}}}]
-
-
 EMBEDDED = load_tokenizer(ASSETS / "model")
+CHATML = EMBEDDED.chat_template
 
 
 def tokenizer_with(template):
     """The embedded tokenizer under another chat template, whose control tokens are added as special tokens. As in most
     tokenizers of the hub, they have no names beside bos and eos."""
-    tokenizer = copy.deepcopy(AutoTokenizer.from_pretrained(ASSETS / "model"))
-    control = set(re.findall(r"<\|\w+\|>|<\|\w+>|<\w+\|>|<(?:start|end)_of_turn>", template)) | {
-        "<s>",
-        "</s>",
-        "<|begin_of_text|>",
-    }
+    tokenizer = copy.deepcopy(EMBEDDED)
+    control = {*re.findall(r"<\|\w+\|>|<\|\w+>|<\w+\|>|<(?:start|end)_of_turn>", template)}
+    control |= {"<s>", "</s>", bos := "<|begin_of_text|>"}
     tokenizer.add_tokens(sorted(control), special_tokens=True)
-    tokenizer.bos_token = (
-        "<|begin_of_text|>" if "begin_of_text" in template or "eot_id" in template else "<s>"
-    )
+    tokenizer.bos_token = bos if "begin_of_text" in template or "eot_id" in template else "<s>"
     tokenizer.eos_token = "<|endoftext|>" if "endoftext" in template else "</s>"
     tokenizer.chat_template = template
     return tokenizer
@@ -82,34 +83,47 @@ def chat(*turns):
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
-def trained(tokenizer, messages, turns=None, tools=None, **kwargs):
-    """The texts that are trained, turn by turn; checks that the ids are the template's own."""
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"] if turns is None else turns
-    ids, mask = encode_messages(tokenizer, messages, turns, tools, kwargs)
-    assert (
-        ids == tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)["input_ids"]
-    )
-    assert len(ids) == len(mask)
-    return re.findall(r"\[\[(.*?)\]\]", mark_trained(tokenizer, ids, mask), re.S)
+def user(text):
+    return {"role": "user", "content": text}
 
 
-STOPS = {
-    "qwen2_5": "<|im_end|>",
-    "qwen3": "<|im_end|>",
-    "qwen3_instruct_2507": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "llama3_1": "<|eot_id|>",
-    "llama3_2": "<|eot_id|>",
-    "gemma": "<end_of_turn>",
-    "gemma3": "<end_of_turn>",
-    "phi3": "<|end|>",
-    "phi3_5": "<|end|>",
-    "mistral": "</s>",
-    "cohere": "<|END_OF_TURN_TOKEN|>",
-    "llama3_training": "<|eot_id|>",
-    "gemma3_training": "<end_of_turn>",
-    "phi3_training": "<|end|>",
-}
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def tool(text, **more):
+    return {"role": "tool", "content": text, **more}
+
+
+SYSTEM = [{"role": "system", "content": "Be brief."}]
+TWO = chat("a", "One.", "b", "Two.")
+CALLED = [user("a"), assistant("", tool_calls=CALL), tool("RESULT", name="look_up"), assistant("One.")]
+
+
+def encoded(tokenizer, messages, tools=None, **kwargs):
+    """The row of these messages as encode_sft gives it; checks that the ids are the template's own."""
+    row = {"messages": messages, "tools": tools, "chat_template_kwargs": kwargs}
+    found = encode_sft(copy.deepcopy(row), tokenizer, max_length=10_000)
+    expected = tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)["input_ids"]
+    assert found["input_ids"] == expected
+    assert len(found["loss_mask"]) == len(expected) == found["length"]
+    return found
+
+
+def trained(tokenizer, messages, tools=None, **kwargs):
+    """The texts that are trained, turn by turn."""
+    found = encoded(tokenizer, messages, tools, **kwargs)
+    return re.findall(r"\[\[(.*?)\]\]", mark_trained(tokenizer, found["input_ids"], found["loss_mask"]), re.S)
+
+
+# ---- Masks: what the model must write, by template -----------------------------------------------------------------
+
+IM, EOT, EOTURN = "<|im_end|>", "<|eot_id|>", "<end_of_turn>"
+STOPS = {  # template -> the token that ends an answer
+    "qwen2_5": IM, "qwen3": IM, "qwen3_instruct_2507": IM, "llama3": EOT, "llama3_1": EOT, "llama3_2": EOT,
+    "gemma": EOTURN, "gemma3": EOTURN, "phi3": "<|end|>", "phi3_5": "<|end|>", "mistral": "</s>",
+    "cohere": "<|END_OF_TURN_TOKEN|>", "llama3_training": EOT, "gemma3_training": EOTURN, "phi3_training": "<|end|>",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", STOPS)
@@ -117,466 +131,455 @@ def test_trained_turns_are_the_answers_with_their_end(name):
     tokenizer, stop = stock(name), STOPS[name]
     think = "<think>\n\n</think>\n\n" if name == "qwen3" else ""  # stock Qwen3 opens a last answer with it
     expected = [f"One.{stop}", f"{think}Two.{stop}"]
-    assert [text.lstrip(" ") for text in trained(tokenizer, chat("a", "One.", "b", "Two."))] == expected
-    assert [text.lstrip(" ") for text in trained(tokenizer, chat("a", "One.", "b", "Two."), [3])] == expected[
-        1:
-    ]
-    if name != "gemma":
-        with_system = [{"role": "system", "content": "Be brief."}, *chat("a", "One.", "b", "Two.")]
-        assert [text.lstrip(" ") for text in trained(tokenizer, with_system)] == expected
+    assert [text.lstrip(" ") for text in trained(tokenizer, TWO)] == expected
+    for switch in ({"weight": 0}, {"loss": False}, {"train": False}):
+        only_last = [TWO[0], {**TWO[1], **switch}, *TWO[2:]]
+        assert [text.lstrip(" ") for text in trained(tokenizer, only_last)] == expected[1:]
+    if name not in (
+        "gemma",
+        "mistral",
+    ):  # Gemma refuses system messages, Mistral drops them if an answer comes last
+        assert [text.lstrip(" ") for text in trained(tokenizer, SYSTEM + TWO)] == expected
+    if name in ("phi3", "qwen2_5", "llama3", "gemma3"):  # a conversation that ends with the user
+        assert trained(tokenizer, TWO[:3]) == [f"One.{stop}"]
 
 
-@pytest.mark.parametrize("name", ["gemma", "mistral"])
-def test_what_a_template_refuses_is_an_error(name):
-    first = {"role": "system" if name == "gemma" else "user", "content": "s"}
-    with pytest.raises(UserError, match=r"template refuses these messages"):
-        trained(stock(name), [first, *chat("a", "b")])
+THINK = "<think>\nhm\n</think>\n\n"
+THOUGHT = chat("a", f"{THINK}One.", "b", f"{THINK}Two.")
+REASONED = [*TWO[:3], assistant("Two.", reasoning_content="hm")]
+CALL_TEXT = '<tool_call>\n{"name": "look_up", "arguments": {"x": 1}}\n</tool_call>'
+REASONED_CALL = [CALLED[0], {**CALLED[1], "reasoning_content": "hm"}, *CALLED[2:], *TWO[2:]]
+CHANNEL = "<|channel|>final<|message|>"
+MISTRAL_CALL = [CALLED[0], assistant("", tool_calls=[{**CALL[0], "id": "abcdefghi"}]), tool("7", tool_call_id="abcdefghi"), CALLED[3]]  # fmt: skip
+MISTRAL_CALLED = '[TOOL_CALLS] [{"name": "look_up", "arguments": {"x": 1}, "id": "abcdefghi"}]</s>'
+EXACT = {  # what -> template, messages, options, the trained texts
+    "thinking in the content": ("qwen2_5", THOUGHT, {}, [f"{THINK}One.{IM}", f"{THINK}Two.{IM}"]),
+    "thinking, Llama": ("llama3", THOUGHT, {}, [f"{THINK}One.{EOT}", f"{THINK}Two.{EOT}"]),
+    "thinking, Gemma": ("gemma3", THOUGHT, {}, [f"{THINK}One.{EOTURN}", f"{THINK}Two.{EOTURN}"]),
+    "thinking, Phi": ("phi3", THOUGHT, {}, [f"{THINK}One.<|end|>", f"{THINK}Two.<|end|>"]),
+    "Qwen3 strips the thinking of earlier turns": ("qwen3", THOUGHT, {}, [f"One.{IM}", f"{THINK}Two.{IM}"]),
+    "reasoning_content": ("qwen3", REASONED, {}, [f"One.{IM}", f"{THINK}Two.{IM}"]),
+    "without thinking, the prompt holds the empty block": ("qwen3", TWO[:2], {"enable_thinking": False}, [f"One.{IM}"]),
+    "the prompt opens a block that earlier turns lack": ("qwen3_5_think", THOUGHT, {}, [f"One.{IM}", f"hm\n</think>\n\nTwo.{IM}"]),
+    "a call with thinking that Qwen3 strips": ("qwen3", REASONED_CALL, {"tools": [TOOL]}, [f"{CALL_TEXT}{IM}", f"One.{IM}", f"<think>\n\n</think>\n\nTwo.{IM}"]),
+    "begins with the assistant": ("qwen2_5", [assistant("Hi."), *TWO[:2]], {}, [f"Hi.{IM}", f"One.{IM}"]),
+    "two ends": ("cohere2", TWO, {}, [f"{n}.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>" for n in ("One", "Two")]),
+    "another end where more follows": ("gptoss", TWO, {}, [f"{CHANNEL}One.<|end|>", f"{CHANNEL}Two.<|return|>"]),
+    "Mistral": ("mistral", TWO, {}, [" One.</s>", " Two.</s>"]),  # the blank is the model's to write
+    "Mistral, tools before the last user": ("mistral", TWO, {"tools": [TOOL]}, [" One.</s>", " Two.</s>"]),
+    "Mistral's calls": ("mistral", MISTRAL_CALL, {"tools": [TOOL]}, [MISTRAL_CALLED, " One.</s>"]),
+}  # fmt: skip
 
 
-def test_mistral_with_system_prompt_tools_and_several_turns():
-    """It has no header; the system prompt and the tools move to the last user's message as the conversation grows."""
-    tokenizer = stock("mistral")
-    system = [{"role": "system", "content": "Be brief."}]
-    # The blank before an answer is the model's to write, whatever stands before it.
-    assert trained(tokenizer, system + chat("a", "One.", "b", "Two.")) == [" One.</s>", " Two.</s>"]
-    assert trained(tokenizer, system + chat("a", "a", "a", "a")) == [" a</s>", " a</s>"]
-    call = {"role": "assistant", "content": "", "tool_calls": [{**CALL[0], "id": "abcdefghi"}]}
-    result = {"role": "tool", "content": "7", "tool_call_id": "abcdefghi"}
-    messages = [*chat("a"), call, result, {"role": "assistant", "content": "One."}]
-    called = '[TOOL_CALLS] [{"name": "look_up", "arguments": {"x": 1}, "id": "abcdefghi"}]</s>'
-    assert trained(tokenizer, messages, tools=[TOOL]) == [called, " One.</s>"]
-    more = messages + chat("b", "Two.")
-    assert trained(tokenizer, more, tools=[TOOL]) == [called, " One.</s>", " Two.</s>"]
-    assert trained(tokenizer, system + more, tools=[TOOL]) == [called, " One.</s>", " Two.</s>"]
+@pytest.mark.parametrize("name", EXACT)
+def test_trained_texts_are_exact(name):
+    template, messages, options, expected = EXACT[name]
+    assert trained(stock(template), messages, **options) == expected
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "llama3_2", "lfm2_v2", "gptoss"])
+def test_tool_calls_are_trained_and_tool_results_are_not(name):
+    first, *others = trained(stock(name), CALLED + TWO[2:], tools=[TOOL])
+    stop = {"gptoss": ("<|call|>", "<|end|>", "<|return|>")}.get(name, (EOT if "llama" in name else IM,) * 3)
+    assert "look_up" in first
+    assert [text.endswith(end) for text, end in zip([first, *others], stop, strict=True)] == [True] * 3
+    assert re.sub("<.*?>|final|\n", "", others[0]) == "One."
+    assert "RESULT" not in first + "".join(others)
+
+
+OTHER_EACH_TIME = "{% for m in messages %}{{ messages | map(attribute='content') | join | length }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"  # fmt: skip
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+DROPS = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
+    "a system message": ("gemma", SYSTEM + TWO, "template refuses these messages"),
+    "Mistral drops a system message": ("mistral", SYSTEM + TWO, r"drops message 0 .system: \"Be brief"),
+    "two users in a row": ("mistral", [user("s"), *TWO], "template refuses these messages"),
+    "no Jinja": ("{% for %}", TWO, "template refuses these messages"),
+    "no end": (PLAIN, TWO, "ends no answer with a special token, to stop at; give one with {% generation %}"),
+    "an end after the last answer only": (PLAIN + "{{ eos_token }}</s>", TWO, "does not show where message 1 begins"),
+    "no beginning": (OTHER_EACH_TIME, chat("a", "bb", "c", "d"), "does not show where message 1 begins; give one with {% gen"),
+    "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 contains <\|im_end\|>, which the template adds"),
+    "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], "template drops tool calls"),
+    "a developer message that is dropped": (DROPS, [{"role": "developer", "content": "a"}, *TWO], r"drops message 0 .developer: \"a\""),
+    "a tool's result that is dropped": (DROPS, [TWO[0], tool("r"), *TWO[1:]], "drops message 1 .tool"),
+    "words apart from their call": ("gemma4", [user("a"), assistant("CALLING.", tool_calls=CALL), *CALLED[2:]], "does not render message 1 in one place"),
+    "two BOS tokens": ("{{ bos_token }}{{ bos_token }}" + CHATML, TWO, "begins with two <s>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_rendered_or_marked_is_refused(name):
+    template, messages, expected = REFUSED[name]
+    tokenizer = stock(template) if template.isidentifier() else tokenizer_with(template)
+    with pytest.raises(UserError, match=expected):
+        encode_sft({"messages": messages, "tools": [TOOL]}, tokenizer)
 
 
 def test_a_special_token_before_the_turn_is_never_trained():
     """Phi-3's control tokens swallow the blanks after them, with which an answer may begin."""
-    tokenizer = stock("phi3")
-    plain = trained(tokenizer, chat("a", "\n  One."))
-    swallowing = stock("phi3")
-    for token in ("<|assistant|>", "<|user|>", "<|end|>"):
-        swallowing.add_tokens([AddedToken(token, special=True, rstrip=True)], special_tokens=True)
-    assert plain[0].endswith("One.<|end|>")
+    tokenizer = copy.deepcopy(stock("phi3"))
+    assert trained(tokenizer, chat("a", "\n  One."))[0].endswith("One.<|end|>")
+    swallowing = copy.deepcopy(tokenizer)
+    swallowed = [
+        AddedToken(f"<|{name}|>", special=True, rstrip=True) for name in ("assistant", "user", "end")
+    ]
+    swallowing.add_tokens(swallowed, special_tokens=True)
     assert trained(swallowing, chat("a", "\n  One.")) == ["One.<|end|>"]
-
-
-def test_words_that_the_template_parts_from_their_calls_are_an_error():
-    """Gemma 4 writes the words of a message with calls after the tool's result: no one span holds both."""
-    call = {"role": "assistant", "content": "CALLING.", "tool_calls": CALL}
-    messages = [*chat("a"), call, {"role": "tool", "content": "7", "name": "look_up"}, *chat("a", "One.")[1:]]
-    with pytest.raises(UserError, match="parts the words of message 1 from its tool calls"):
-        trained(stock("gemma4"), messages, tools=[TOOL])
-
-
-def test_columns_of_any_name_and_images(tmp_path):
-    """A column called `json` is the user's own; images are refused without what it takes to decode them."""
-    rows = [{"text": "hello", "json": "{}"}] * 3
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    data, report = prepared(tmp_path, [], sources=[str(tmp_path / "rows.parquet")])
-    assert (len(data), report["unused"]) == (3, {"json"})
-    stored = datasets.Dataset.from_list([{"text": "a", "image": {"bytes": b"no image", "path": "x.png"}}])
-    features = datasets.Features(text=datasets.Value("string"), image=datasets.Image())
-    images = datasets.Dataset(stored.data, info=datasets.DatasetInfo(features=features))
-    images.save_to_disk(tmp_path / "images")
-    with pytest.raises(UserError, match="row 1: the row has images, which are not supported"):
-        prepared(tmp_path, [], sources=[str(tmp_path / "images")])
-
-
-@pytest.mark.parametrize("escape", [r"\ud800", r"\uD800"])
-def test_half_of_a_character_is_an_error(escape):
-    with pytest.raises(UserError, match="the row is not JSON"):
-        parse_row(f'{{"text": "a{escape}b"}}'.encode())
-
-
-def test_thinking_blocks():
-    think = "<think>\nhm\n</think>\n\n"
-    messages = chat("a", f"{think}One.", "b", f"{think}Two.")
-    for name in ("qwen2_5", "llama3", "gemma3", "phi3"):
-        assert trained(stock(name), messages) == [f"{think}One.{STOPS[name]}", f"{think}Two.{STOPS[name]}"]
-    # Stock Qwen3 strips the thinking of earlier turns: what remains of them is trained, and nothing beside it.
-    assert trained(stock("qwen3"), messages) == ["One.<|im_end|>", f"{think}Two.<|im_end|>"]
-    reasoned = chat("a", "One.", "b", "Two.")
-    reasoned[3]["reasoning_content"] = "hm"
-    assert trained(stock("qwen3"), reasoned) == ["One.<|im_end|>", f"{think}Two.<|im_end|>"]
-    # Without thinking, the generation prompt holds the empty block, and the model only writes the answer.
-    assert trained(stock("qwen3"), chat("a", "One."), enable_thinking=False) == ["One.<|im_end|>"]
-    # Qwen3.5's generation prompt opens a thinking block that earlier turns lack: it is not a prefix of the rendering.
-    assert trained(stock("qwen3_5_think"), messages) == ["One.<|im_end|>", "hm\n</think>\n\nTwo.<|im_end|>"]
-
-
-@pytest.mark.parametrize("name", ["qwen3", "qwen2_5", "llama3_1", "llama3_2", "lfm2_v2"])
-def test_tool_calls_are_trained_and_tool_results_are_not(name):
-    stop = "<|eot_id|>" if "llama" in name else "<|im_end|>"
-    messages = [*chat("a", ""), {"role": "tool", "name": "look_up", "content": "RESULT"}, {"role": "assistant", "content": "One."}, *chat("b", "Two.")]  # fmt: skip
-    messages[1]["tool_calls"] = CALL
-    first, second, third = trained(stock(name), messages, tools=[TOOL])
-    assert "look_up" in first
-    assert first.endswith(stop)
-    assert second == f"One.{stop}"
-    assert third.endswith(f"Two.{stop}")
-    assert "RESULT" not in first + second + third
-
-
-def test_earlier_turn_located_by_sentinel_where_no_prefix_of_the_conversation_is_one_of_the_text():
-    # After a tool call with thinking, Qwen3 renders the shorter conversation with the thinking, the whole one without.
-    messages = [*chat("a", ""), {"role": "tool", "content": "r"}, {"role": "assistant", "content": "One."}, *chat("b", "Two.")]  # fmt: skip
-    messages[1] |= {"tool_calls": CALL, "reasoning_content": "hm"}
-    tokenizer = stock("qwen3")
-    text = tokenizer.apply_chat_template(messages, tools=[TOOL], tokenize=False)
-    assert not text.startswith(tokenizer.apply_chat_template(messages[:3], tools=[TOOL], tokenize=False))
-    assert trained(tokenizer, messages, tools=[TOOL])[1] == "One.<|im_end|>"
-    # A conversation that begins with the assistant has no prompt before it.
-    assert (
-        trained(stock("qwen2_5"), [{"role": "assistant", "content": "Hi."}, *chat("a", "One.")])[0]
-        == "Hi.<|im_end|>"
-    )
-
-
-def test_turns_that_cannot_be_told_apart_are_an_error():
-    tokenizer = tokenizer_with("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
-    with pytest.raises(UserError, match="does not end an assistant turn with a special token"):
-        trained(tokenizer, chat("a", "b"))
-    only_last = tokenizer_with(
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{{ eos_token }}</s>"
-    )
-    with pytest.raises(UserError, match="does not end an assistant turn with a special token"):
-        trained(only_last, chat("a", "b", "c", "d"))
-    with pytest.raises(UserError, match="does not render all tool calls"):
-        trained(
-            stock("llama3"),
-            [*chat("a"), {"role": "assistant", "content": "", "tool_calls": CALL}, *chat("b", "c")],
-        )
-    with pytest.raises(UserError, match=r"contains <\|im_end\|>"):
-        trained(stock("qwen2_5"), chat("a", "b<|im_end|>"))
-    other_each_time = "{% for m in messages %}{{ messages | map(attribute='content') | join | length }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"  # fmt: skip
-    with pytest.raises(UserError, match="cannot be told from the rest"):
-        trained(tokenizer_with(other_each_time), chat("a", "bb", "c", "d"))
-
-
-def test_answers_that_end_with_several_tokens_or_other_ones_before_more_turns():
-    both = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
-    assert trained(stock("cohere2"), chat("a", "One.", "b", "Two.")) == [f"One.{both}", f"Two.{both}"]
-    final = "<|channel|>final<|message|>"
-    assert trained(stock("gptoss"), chat("a", "One.", "b", "Two.")) == [
-        f"{final}One.<|end|>",
-        f"{final}Two.<|return|>",
-    ]
-    messages = [
-        *chat("a", ""),
-        {"role": "tool", "name": "look_up", "content": "r"},
-        {"role": "assistant", "content": "One."},
-    ]
-    messages[1]["tool_calls"] = CALL
-    assert [text[-8:] for text in trained(stock("gptoss"), messages, tools=[TOOL])] == [
-        "<|call|>",
-        "|return|>"[-8:],
-    ]
-
-
-def test_a_conversation_that_ends_with_the_user_trains_no_more_than_the_answers():
-    for name in ("phi3", "qwen2_5", "llama3", "gemma3"):
-        assert trained(stock(name), chat("a", "One.", "b")) == [f"One.{STOPS[name]}"]
-
-
-def test_turns_that_the_sentinel_locates_lose_no_letter():
-    tokenizer = stock("qwen3")
-    for answer in ("Zebra.", "Quagga.", "Z7probe7", "7"):
-        messages = [*chat("a", ""), {"role": "tool", "content": "r"}, {"role": "assistant", "content": answer}, *chat("b", "Two.")]  # fmt: skip
-        messages[1] |= {"tool_calls": CALL, "reasoning_content": "hm"}
-        assert trained(tokenizer, messages, tools=[TOOL])[1] == f"{answer}<|im_end|>"
-    # A second call without words, whose thinking Qwen3 strips once the user speaks again.
-    messages[3:4] = [{**messages[1]}, messages[2], messages[3]]
-    call = '<tool_call>\n{"name": "look_up", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
-    assert trained(tokenizer, messages, tools=[TOOL])[:2] == [call, call]
-
-
-def test_tool_calls_in_the_dialect_of_the_template():
-    messages = [*chat("a", ""), {"role": "tool", "name": "look_up", "content": "r"}, *chat("", "One.")[1:]]
-    messages[1]["tool_calls"] = CALL
-    template = (TEMPLATES / "deepseekv3.jinja").read_text()
-    control = set(re.findall(r"<[^<>{}' ]+>", template))
-    tokenizer = copy.deepcopy(EMBEDDED)
-    tokenizer.add_tokens(sorted(control), special_tokens=True)
-    tokenizer.chat_template = template
-    null = [{**m, "content": m["content"] or None} for m in copy.deepcopy(messages)]
-    null[1]["tool_calls"][0]["function"]["arguments"] = '{"x": 1}'
-    ids, mask = encode_messages(tokenizer, messages, [1, 3])
-    assert ids == tokenizer.apply_chat_template(null, return_dict=True)["input_ids"]
-    first, second = re.findall(r"\[\[(.*?)\]\]", mark_trained(tokenizer, ids, mask), re.S)
-    assert 'look_up\n```json\n{"x": 1}' in first
-    assert second.startswith("One.<")
 
 
 def test_tokenizers_that_trim_offsets_give_the_same_mask():
     trimming = copy.deepcopy(EMBEDDED)
     trimming.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
-    code = chat("a", "def f():\n\n    return  1\n\n\n  x")
-    assert (
-        trimming("a  b", return_offsets_mapping=True)["offset_mapping"]
-        != EMBEDDED("a  b", return_offsets_mapping=True)["offset_mapping"]
-    )
-    assert encode_messages(trimming, code, [1]) == encode_messages(EMBEDDED, code, [1])
-    assert encode_text(trimming, "q:", "\n\n  a\n\n b") == encode_text(EMBEDDED, "q:", "\n\n  a\n\n b")
-
-
-def test_messages_of_weight_zero_are_not_trained():
-    messages = chat("a", "One.", "b", "Two.")
-    messages[1]["weight"] = 0
-    assert "One.<" in encoded_text({"messages": messages})
-    assert encoded_text({"messages": messages}).count("[[") == 1
+    offsets = [each("a  b", return_offsets_mapping=True)["offset_mapping"] for each in (trimming, EMBEDDED)]
+    assert offsets[0] != offsets[1]
+    for row in (
+        {"messages": chat("a", "def f():\n\n    return  1\n\n\n  x")},
+        {"prompt": "q:", "completion": "\n\n  a\n\n b"},
+    ):
+        assert encode_sft(row, trimming) == encode_sft(row, EMBEDDED)
 
 
 def test_no_second_bos_and_no_second_eos():
-    tokenizer = stock("llama3")
-    ids, _ = encode_messages(tokenizer, chat("a", "b"))
-    assert ids.count(tokenizer.bos_token_id) == 1
-    with pytest.raises(UserError, match="begins with two"):
-        encode_messages(tokenizer_with("{{ bos_token }}{{ bos_token }}a<|im_end|>"), chat("a", "b"))
-    plain = AutoTokenizer.from_pretrained(ASSETS / "model")
-    once = encode_text(plain, "Q", "A")
-    assert encode_text(plain, "Q", "A" + plain.eos_token) == once
-    assert encode_text(plain, "Q", f"A{plain.eos_token}\n") == once
-    assert once[0][-1] == plain.eos_token_id
-    assert once[1] == [False, True, True]
+    assert encoded(stock("llama3"), TWO)["input_ids"].count(stock("llama3").bos_token_id) == 1
+    ids, mask, _ = encode_text(EMBEDDED, "Q", "A")
+    assert (ids[-1], mask) == (EMBEDDED.eos_token_id, [False, True, True])
+    for completion in (f"A{EMBEDDED.eos_token}", f"A{EMBEDDED.eos_token}\n"):
+        assert encode_text(EMBEDDED, "Q", completion)[:2] == (ids, mask)
+    with_bos = copy.deepcopy(stock("mistral"))
+    bos = [("<s>", with_bos.bos_token_id)]
+    with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=bos)
+    assert encode_text(with_bos, "Q", "A")[:2] == encode_text(with_bos, "<s>Q", "A")[:2]
+    assert encode_text(with_bos, "Q", "A")[0] == [
+        with_bos.bos_token_id,
+        *encode_text(stock("mistral"), "Q", "A")[0],
+    ]
+    assert encode_prompt({"prompt": "Q"}, with_bos)["input_ids"] == with_bos("Q")["input_ids"]
 
 
-def test_text_of_a_tokenizer_that_adds_bos_begins_with_one():
-    tokenizer = stock("mistral")
-    bos = tokenizer.bos_token_id
-    with_bos = copy.deepcopy(tokenizer)
-    with_bos.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", bos)]
+# ---- What is trained, by kind of row -------------------------------------------------------------------------------
+
+Q = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "One."}]
+IDS = {"input_ids": EMBEDDED("7890")["input_ids"]}
+MARKED = {  # row, --loss-on, its text with what is trained between [[ and ]]
+    "messages": ({"messages": TWO[:2]}, "auto", f"{Q}[[One.{IM}]]\n"),
+    "messages as JSON text": ({"messages": json.dumps(TWO[:2])}, "auto", f"{Q}[[One.{IM}]]\n"),
+    "ShareGPT": ({"conversations": SHAREGPT}, "auto", f"{Q}[[One.{IM}]]\n"),
+    "all": ({"messages": TWO[:2]}, "all", f"<|im_start|>[[{Q.removeprefix('<|im_start|>')}One.{IM}\n]]"),
+    "last-assistant": ({"messages": TWO}, "last-assistant", f"{Q}One.{IM}\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
+    "two turns": ({"messages": TWO}, "auto", f"{Q}[[One.{IM}]]\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
+    "prompt and completion": ({"prompt": TWO[:3], "completion": TWO[3:]}, "auto", f"{Q}One.{IM}\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
+    "assistant, also in the prompt": ({"prompt": TWO[:3], "completion": TWO[3:]}, "assistant", f"{Q}[[One.{IM}]]\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
+    "messages, then text": ({"prompt": TWO[:1], "completion": "One."}, "completion", f"{Q}[[One.{IM}]]\n"),
+    "text, then messages": ({"prompt": "a", "completion": TWO[1:2]}, "auto", f"{Q}[[One.{IM}]]\n"),
+    "text": ({"text": "xyz"}, "auto", f"x[[yz{IM}]]"),
+    "prompt and completion as text": ({"prompt": "Q: a A:", "completion": " b"}, "auto", f"Q: a A:[[ b{IM}]]"),
+    "a completion alone": ({"completion": "bc"}, "auto", f"b[[c{IM}]]"),
+    "all of text": ({"prompt": "Q:", "completion": " b"}, "all", f"Q[[: b{IM}]]"),
+    "ids": (IDS, "auto", "7[[890]]"),
+    "ids and labels": ({**IDS, "labels": [-100, *IDS["input_ids"][1:2], -100, -100]}, "auto", "7[[8]]90"),
+    "ids and masks": ({**IDS, "completion_mask": [0, 1, 1, 0], "assistant_masks": [1, 0, 1, 1]}, "auto", "78[[9]]0"),
+    "ids as JSON text": ({"input_ids": json.dumps(IDS["input_ids"]), "completion_mask": "[0, 0, 0, 1]"}, "auto", "789[[0]]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_what_is_trained_by_kind_of_row(name):
+    row, loss_on, expected = MARKED[name]
+    found = encode_sft(row, EMBEDDED, loss_on)
+    assert mark_trained(EMBEDDED, found["input_ids"], found["loss_mask"]) == expected
+    assert found["num_targets"] == sum(found["loss_mask"]) > 0
+    has_end = f"{IM}]]" in expected or expected.endswith(f"{IM}\n]]")
+    assert found["stop_id"] == (EMBEDDED.convert_tokens_to_ids(IM) if has_end else -1)
+    assert found["unused"] == []
+
+
+def test_tools_arguments_and_calls_reach_the_template():
+    tokenizer = copy.deepcopy(EMBEDDED)
+    tokenizer.chat_template = (
+        "{{ tools | tojson }}|{{ one }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
     )
-    ids, mask = encode_text(with_bos, "Q", "A")
-    assert ids[0] == bos
-    assert mask == [False, False, True, True]
-    assert encode_text(with_bos, "<s>Q", "A") == (ids, mask)
-    assert encode_text(tokenizer, "Q", "A")[0] == ids[1:]
+    call = [{"function": {"name": "f", "arguments": '{"x": null, "y": 1}'}}]  # a real null is kept
+    for messages in ([assistant(None, tool_calls=call, name=None)], [{"from": "function_call", "value": json.dumps(call[0]["function"])}]):  # fmt: skip
+        row = {"messages": messages, "tools": json.dumps([TOOL]), "chat_template_kwargs": {"one": 1}}
+        tools, one, message = tokenizer.decode(encode_sft(row, tokenizer, "all")["input_ids"]).split("|")
+        assert (json.loads(tools), one) == ([TOOL], "1")
+        called = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": 1}}}
+        assert json.loads(message) == assistant("", tool_calls=[called])
 
 
-# ---- Rows ------------------------------------------------------------------------------------------------------------
+UNUSED = {  # encoder, row -> the names of what nothing reads
+    "an unknown column": (encode_sft, {"text": "abc", "id": 7, "empty": None}, ["`id`"]),
+    "columns of another kind": (encode_sft, {"messages": TWO, "text": "abc", "prompt": "a"}, ["`prompt`", "`text`"]),
+    "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
+    "tools": (encode_sft, {"messages": TWO, "tools": [TOOL]}, ["`tools`"]),
+    "reasoning": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm")]}, ["`reasoning_content` of messages"]),
+    "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name` of messages"]),
+    "reasoning of a prompt": (encode_prompt, {"prompt": [*TWO[:1], assistant("b", thinking="hm"), user("c")], "id": 1}, ["`thinking` of messages"]),
+    "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", thinking="hm")], "rejected": "c", "id": 1}, ["`id`", "`thinking` of messages"]),
+}  # fmt: skip
 
 
-def encoded_text(row, **kwargs):
-    encoded = encode_sft(row, EMBEDDED, **{"max_length": 200, **kwargs})
-    return (
-        mark_trained(EMBEDDED, encoded["input_ids"], encoded["loss_mask"])
-        if encoded["input_ids"]
-        else encoded["dropped"]
-    )
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_nothing_reads_is_named(name):
+    encode, row, expected = UNUSED[name]
+    assert sorted(encode(row, EMBEDDED)["unused"]) == expected
 
 
-def test_what_is_trained_by_kind_of_row():
-    two = {"messages": chat("a", "One.", "b", "Two.")}
-    assert encoded_text(two).count("[[") == 2
-    assert "One.[[" not in encoded_text(two, loss_on="last-assistant")
-    assert encoded_text(two, loss_on="last-assistant").count("[[") == 1
-    assert encoded_text(two, loss_on="all").startswith("<|im_start|>[[")
-    split = {"prompt": chat("a", "One.", "b"), "completion": chat("", "Two.")[1:]}
-    assert encoded_text(split).endswith("assistant\n[[Two.<|im_end|>]]\n")
-    assert encoded_text(split).count("[[") == 1
-    assert encoded_text(split, loss_on="assistant").count("[[") == 2
-    assert encoded_text({"prompt": "Q: a A:", "completion": " b"}) == "Q: a A:[[ b<|im_end|>]]"
-    assert encoded_text({"text": "xyz"}) == "x[[yz<|im_end|>]]"
-    sharegpt = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "One."}]}
-    assert encoded_text(sharegpt) == encoded_text({"messages": chat("a", "One.")})
-    assert encoded_text({"input_ids": [5, 6, 7], "labels": [-100, 6, -100]}) == EMBEDDED.decode([5]) + f"[[{EMBEDDED.decode([6])}]]" + EMBEDDED.decode([7])  # fmt: skip
+def test_thinking_that_a_template_strips_from_earlier_turns_is_named():
+    assert encode_sft({"messages": THOUGHT}, stock("qwen3"))["unused"] == ["part of an assistant's message"]
+    assert encode_sft({"messages": TWO, "tools": [TOOL]}, stock("qwen3"))["unused"] == []
 
 
-@pytest.mark.parametrize(
-    ("row", "loss_on"),
-    [
-        ({"text": "a"}, "assistant"),
-        ({"messages": chat("a", "b")}, "completion"),
-        ({"prompt": "a", "completion": "b"}, "assistant"),
-    ],
-)
-def test_loss_on_that_does_not_apply_is_an_error(row, loss_on):
-    with pytest.raises(UserError, match=f"--loss-on {loss_on} does not apply"):
-        encoded_text(row, loss_on=loss_on)
+# ---- Preferences, prompts, distillation ----------------------------------------------------------------------------
+
+END = [EMBEDDED.convert_tokens_to_ids(IM)]
 
 
-def test_tools_and_template_kwargs_reach_the_template():
-    tokenizer = stock("qwen3")
-    row = {
-        "messages": chat("a", "One."),
-        "tools": json.dumps([TOOL]),
-        "chat_template_kwargs": {"enable_thinking": False},
-    }
-    encoded = encode_sft(row, tokenizer)
-    text = mark_trained(tokenizer, encoded["input_ids"], encoded["loss_mask"])
-    assert "look_up" in text
-    assert "</think>\n\n[[One.<|im_end|>]]" in text
+def text_ids(*texts):
+    return [[*EMBEDDED(text)["input_ids"], *END] for text in texts]
 
 
-def test_too_long_rows():
-    row = {"prompt": "7" * 10, "completion": "8" * 10}
-    assert encoded_text(row, max_length=12) == "longer than --max-length 12"
-    with pytest.raises(UserError, match="has 21 tokens, more than --max-length 12"):
-        encoded_text(row, max_length=12, overflow="error")
-    assert encoded_text(row, max_length=12, overflow="truncate") == "7777777777[[88]]"
-    assert encoded_text(row, max_length=10, overflow="truncate") == "nothing to train within --max-length 10"
+ASKED = {"prompt": "Q:", "chosen": "yes", "rejected": "no"}
+SIDES = {  # a row -> its documents as text with what is trained in [[ ]], ranks, margin, probability
+    "text": (ASKED, [f"Q:[[yes{IM}]]", f"Q:[[no{IM}]]"], [0, 1], 0, -1),
+    "no prompt": ({"chosen": "Q:yes", "rejected": "Q:no"}, [f"Q:[[yes{IM}]]", f"Q:[[no{IM}]]"], [0, 1], 0, -1),
+    "one begins the other": ({"chosen": "ab", "rejected": "abc"}, [f"ab[[{IM}]]", f"ab[[c{IM}]]"], [0, 1], 0, -1),
+    "messages": ({"prompt": TWO[:1], "chosen": TWO[1:2], "rejected": [assistant("No.")]}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
+    "messages, prompt repeated": ({"prompt": TWO[:1], "chosen": TWO[:2], "rejected": [*TWO[:1], assistant("No.")]}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
+    "messages, prompt shared": ({"chosen": TWO[:2], "rejected": [*TWO[:1], assistant("No.")]}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
+    "a prompt of messages, sides of text": ({"prompt": TWO[:1], "chosen": "One.", "rejected": "No."}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
+    "margin": ({**ASKED, "margin": "1.5", "probability": 0.75}, [f"Q:[[yes{IM}]]", f"Q:[[no{IM}]]"], [0, 1], 1.5, 0.75),
+    "the likelier side comes first": ({**ASKED, "margin": 1.5, "probability": 0.25}, [f"Q:[[no{IM}]]", f"Q:[[yes{IM}]]"], [0, 1], -1.5, 0.75),
+    "ranks": ({"prompt": "Q:", "completions": ["b", "c", "a"], "ranks": [2, 2, 1]}, [f"Q:[[a{IM}]]", f"Q:[[b{IM}]]", f"Q:[[c{IM}]]"], [0, 1, 1], 0, -1),
+    "scores": ({"prompt": "Q:", "completions": '["b", "a"]', "scores": [16777216, 16777217]}, [f"Q:[[a{IM}]]", f"Q:[[b{IM}]]"], [0, 1], 0, -1),
+}  # fmt: skip
 
 
-def prepared(tmp_path, rows, name="rows.jsonl", sources=None, **kwargs):
-    path = write_rows(tmp_path / name, rows)
-    encode = functools.partial(encode_sft, tokenizer=EMBEDDED, **{"max_length": 100, **kwargs})
-    return prepare_data(sources or (path,), encode, SFT_FEATURES)
+@pytest.mark.parametrize("name", SIDES)
+def test_preferences_and_rankings(name):
+    row, expected, ranks, margin, probability = SIDES[name]
+    found = encode_preference(row, EMBEDDED)
+    ends = np.cumsum(found["lengths"])
+    parts = [slice(end - length, end) for end, length in zip(ends, found["lengths"], strict=True)]
+    texts = [mark_trained(EMBEDDED, found["input_ids"][part], found["loss_mask"][part]) for part in parts]
+    assert texts == expected
+    assert found["targets"] == [sum(found["loss_mask"][part]) for part in parts]
+    prompt = found["loss_mask"].index(True)
+    assert found["packed_length"] == sum(found["lengths"]) - prompt * (len(parts) - 1)
+    assert (found["ranks"], found["margin"], found["probability"]) == (ranks, margin, probability)
+    assert len(set(found["keys"])) == len(parts)
 
 
-def test_every_row_is_accounted_for(tmp_path):
+def test_a_token_that_spans_the_end_of_the_prompt_belongs_to_every_completion():
+    texts = ["def f", "def  g"]
+    joined = next((a, b) for a in "abcdefghij " for b in texts if EMBEDDED(a + b)["input_ids"][0] != EMBEDDED(a)["input_ids"][0])  # fmt: skip
+    found = encode_preference({"prompt": joined[0], "chosen": joined[1], "rejected": "7"}, EMBEDDED)
+    first, second = found["input_ids"][: found["lengths"][0]], found["input_ids"][found["lengths"][0] :]
+    assert [first, second] == text_ids("".join(joined), joined[0] + "7")
+    assert found["loss_mask"][:2] == [False, True]  # the first token of a row follows nothing
+
+
+DROPPED = {  # encoder, row, the reason
+    "too long": (encode_sft, {"text": "7" * 100}, "longer than 50 tokens"),
+    "nothing to train": (encode_sft, {"messages": TWO[:1]}, "nothing to train"),
+    "an empty turn": (encode_sft, {"messages": chat("a", " ")}, "an empty assistant turn"),
+    "a side too long": (encode_preference, {**ASKED, "rejected": "7" * 100}, "longer than 50 tokens"),
+    "identical sides": (encode_preference, {**ASKED, "rejected": "yes"}, "identical sides"),
+    "an empty side": (encode_preference, {**ASKED, "rejected": ""}, "an empty side"),
+    "a blank side": (encode_preference, {**ASKED, "rejected": " "}, "an empty side"),
+    "a side without messages": (encode_preference, {"prompt": TWO[:1], "chosen": [], "rejected": "a"}, "an empty side"),
+    "ties": (encode_preference, {"completions": ["a", "b"], "scores": [1, 1]}, "all completions tie"),
+    "a long prompt": (encode_prompt, {"prompt": "7" * 100}, "longer than the 50 tokens left for a prompt"),
+    "no prompt": (functools.partial(encode_distillation, room=10), {"text": "abc"}, "without a prompt that could be answered"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DROPPED)
+def test_rows_that_are_dropped_say_why(name):
+    encode, row, reason = DROPPED[name]
+    with pytest.raises(DroppedRow, match=reason):
+        encode(row, EMBEDDED, max_length=50)
+
+
+def test_prompts_end_where_the_model_begins_and_keep_all_columns():
+    row = {"prompt": TWO[:1], "answer": "7", "when": datetime.date(2024, 1, 1), "tools": None}
+    found = encode_prompt(row, EMBEDDED)
+    assert EMBEDDED.decode(found["input_ids"]) == Q
+    assert json.loads(found["columns"]) == {"answer": "7", "when": "2024-01-01", "tools": None}
+    assert (json.loads(found["prompt"]), found["stop_id"]) == (TWO[:1], *END)
+    qwen = stock("qwen3")
+    ids = encode_prompt({"prompt": TWO[:1], "chat_template_kwargs": {"enable_thinking": False}}, qwen, tools=[TOOL])["input_ids"]  # fmt: skip
+    expected = qwen.apply_chat_template(TWO[:1], tools=[TOOL], add_generation_prompt=True, enable_thinking=False, tokenize=False)  # fmt: skip
+    assert qwen.decode(ids) == expected
+
+
+DISTILLED = {  # row -> what stands before its last answer
+    "messages": ({"messages": TWO}, f"{Q}One.{IM}\n{Q.replace('a<', 'b<')}"),
+    "ShareGPT": ({"conversations": SHAREGPT}, Q),
+    "prompt and completion": ({"prompt": TWO[:1], "completion": "One."}, Q),
+    "text": ({"prompt": "Q:", "completion": "A"}, "Q:"),
+    "ids": ({**IDS, "completion_mask": [0, 1, 0, 1]}, "789"),
+}
+
+
+@pytest.mark.parametrize("name", DISTILLED)
+def test_distillation_gives_the_row_and_the_prompt_of_its_last_answer(name):
+    row, prompt = DISTILLED[name]
+    found, expected = encode_distillation(row, EMBEDDED, room=40), encode_sft(row, EMBEDDED)
+    assert EMBEDDED.decode(found.pop("prompt_ids")) == prompt
+    assert found == expected
+    assert encode_distillation(row, EMBEDDED)["prompt_ids"] == []
+    if "prompt" in row:  # without an answer of the row's own
+        alone = encode_distillation({"prompt": row["prompt"]}, EMBEDDED, room=40, use_answer=False)
+        assert EMBEDDED.decode(alone["input_ids"]) == EMBEDDED.decode(alone["prompt_ids"]) == prompt
+        assert alone["stop_id"] == (-1 if prompt == "Q:" else END[0])
+        assert alone.keys() == DISTILLATION_FEATURES.keys()
+
+
+# ---- Datasets ------------------------------------------------------------------------------------------------------
+
+
+def prepared(tmp_path, rows, name="rows.jsonl", sources=None, budget=10_000, **options):
+    """The data that prepare_data makes of these rows, or of other sources."""
+    sources = sources or (write_rows(tmp_path / name, rows),)
+    encode = functools.partial(encode_sft, **{"tokenizer": EMBEDDED, "max_length": 100, **options})
+    return prepare_data(sources, encode, SFT_FEATURES, budget)
+
+
+def test_every_row_is_accounted_for(tmp_path, capsys):
     rows = [{"messages": chat("a", "b" * n), "id": n} for n in (1, 2, 300, 3)] + [{"messages": chat("a")}]
-    data, report = prepared(tmp_path, rows)
-    assert data["row"][:] == [1, 2, 4]
-    assert report["rows"] == 5
-    assert report["dropped"] == {"longer than --max-length 100": 1, "nothing to train": 1}
-    assert report["unused"] == {"id"}
-    with pytest.raises(UserError, match="no row is left to train of 1"):
+    data = prepared(tmp_path, [*rows, {"messages": TWO, "tools": [TOOL]}])
+    path = tmp_path / "rows.jsonl"
+    assert data["row"][:] == [f"row {n} of {path}" for n in (1, 2, 4, 6)]
+    said, tokens, targets = capsys.readouterr().out, sum(data["length"]), sum(data["num_targets"])
+    assert f"{path}: 6 rows, 4 used; dropped: 1 longer than 100 tokens, 1 nothing to train\n" in said
+    longest = max(map(len, data["input_ids"]))
+    assert (
+        f" {tokens} tokens, {targets / tokens:.1%} of them trained; the longest row has {longest}\n" in said
+    )
+    assert f" `id`: not used, in 3 rows, first in row 1 of {path}\n" in said
+    assert f" `tools`: not used, in 1 rows, first in row 6 of {path}\n" in said
+    assert f"example   {Q}[[b{IM}]]\n" in said
+    with pytest.raises(UserError, match="no row is left of 1 in .*none.jsonl; dropped: 1 nothing to train"):
         prepared(tmp_path, [{"messages": chat("a")}], "none.jsonl")
+    with pytest.raises(UserError, match=f"row 6 of .* has {longest} tokens; raise --micro-batch-tokens by 7"):
+        prepared(tmp_path, [], sources=(str(path),), budget=longest - 7)
+
+
+def test_only_the_first_rank_reports(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    prepared(tmp_path, [{"text": "abc"}])
+    assert capsys.readouterr().out == ""
+
+
+def test_pairs_that_repeat_or_contradict_others_are_named(tmp_path, capsys):
+    pairs = [("a", "b"), ("c", "d"), ("b", "a"), ("a", "b"), ("e", "e"), ("e", " ")]
+    path = write_rows(
+        tmp_path / "pairs.jsonl", [{"prompt": "Q:", "chosen": a, "rejected": b} for a, b in pairs]
+    )
+    data = prepare_data((path, f"{path}:2"), functools.partial(encode_preference, tokenizer=EMBEDDED), PREFERENCE_FEATURES, 99)  # fmt: skip
+    said = capsys.readouterr().out
+    assert len(data) == 3 * 4
+    assert "dropped: 2 identical sides, 2 an empty side\n" in said
+    assert (
+        f" 1 rows repeat another; 3 rows contradict another: row 1 of {path}; row 4 of {path}; row 3 of {path}\n"
+        in said
+    )
+    assert f"example   Q:[[a{IM}]]\nexample   Q:[[b{IM}]]\n" in said
 
 
 def test_errors_name_the_first_bad_rows(tmp_path):
-    rows = [{"messages": chat("a", "b")}] * 3 + [{"messages": [{"role": "robot", "content": "a"}]}] * 9
-    with pytest.raises(
-        UserError, match=r"9 of 12 rows cannot be used.*\n  row 4: `messages\[0\]` has the role .robot."
-    ) as error:
-        prepared(tmp_path, rows)
+    bad = [{"messages": [{"role": "robot", "content": "a"}]}] * 9
+    with pytest.raises(UserError, match=r"9 of 12 rows cannot be used.*\n  row 4 of .*: `messages\[0\]` has the role .robot.") as error:  # fmt: skip
+        prepared(tmp_path, [{"messages": TWO}] * 3 + bad)
     assert str(error.value).count("\n") == 5
+    (tmp_path / "numbers.jsonl").write_text('\n{"text": "abc"}\n\n{"text": 5}\n')
+    with pytest.raises(UserError, match="row 4 of .*: `text` is 5"):  # rows are counted as lines
+        prepared(tmp_path, [], sources=(str(tmp_path / "numbers.jsonl"),))
 
 
-def test_sources_of_all_types_give_the_same_rows(tmp_path):
+def test_sources_of_all_types_give_the_same_rows(tmp_path, monkeypatch):
     rows = [{"prompt": f"What is {n}?", "completion": str(n)} for n in range(5)]
-    expected = prepared(tmp_path, rows)[0]["input_ids"][:]
+    expected = prepared(tmp_path, rows)["input_ids"][:]
     table = datasets.Dataset.from_list(rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     table.to_parquet(tmp_path / "rows.parquet")
     table.to_csv(tmp_path / "rows.csv")
     table.save_to_disk(tmp_path / "saved")
-    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "saved_dict")
+    datasets.DatasetDict({"train": table, "half": table.select([0])}).save_to_disk(tmp_path / "splits")
     (tmp_path / "folder").mkdir()
     table.to_parquet(tmp_path / "folder" / "train.parquet")
-    for name in ("rows.json", "rows.parquet", "rows.csv", "saved", "saved_dict", "folder"):
-        assert prepared(tmp_path, rows, sources=(str(tmp_path / name),))[0]["input_ids"][:] == expected, name
+    for name in ("rows.json", "rows.parquet", "rows.csv", "saved", "splits", "splits:train", "folder"):
+        assert prepared(tmp_path, rows, sources=(str(tmp_path / name),))["input_ids"][:] == expected, name
+    assert prepared(tmp_path, rows, sources=(f"{tmp_path / 'splits'}:half",))["input_ids"][:] == expected[:1]
+    asked = []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *names, **options: asked.append((*names, options["split"])) or table
+    )
+    for name in ("org/name", "org/name:test", "org/name/config:test[:5]", "squad"):
+        prepared(tmp_path, rows, sources=(name,))
+    assert asked == [("org/name", None, "train"), ("org/name", None, "test"), ("org/name", "config", "test[:5]"), ("squad", None, "train")]  # fmt: skip
 
 
 def test_datasets_are_mixed_by_weight(tmp_path):
     first = write_rows(tmp_path / "first.jsonl", [{"text": f"a{n}"} for n in range(10)])
     second = write_rows(tmp_path / "second.jsonl", [{"text": f"b{n}"} for n in range(4)])
-    data, _ = prepared(tmp_path, [{"text": "x"}], sources=(f"{first}:0.5", f"{second}:2.25"))
-    assert sum(source == first for source in data["source"]) == 5
-    assert sorted(
-        row for row, source in zip(data["row"], data["source"], strict=True) if source == second
-    ) in (sorted([1, 2, 3, 4] * 2 + [extra]) for extra in (1, 2, 3, 4))
-    again, _ = prepared(tmp_path, [{"text": "x"}], sources=(f"{first}:0.5", f"{second}:2.25"))
-    assert again["row"][:] == data["row"][:]
-    assert parse_source("a/b:0.5") == ("a/b", 0.5)
-    assert parse_source("org/name") == ("org/name", 1.0)
+    rows = prepared(tmp_path, [], sources=(f"{first}:0.5", f"{second}:2.25"))["row"][:]
+    assert len({row for row in rows if row.endswith(first)}) == 5
+    counts = sorted(rows.count(f"row {n} of {second}") for n in (1, 2, 3, 4))
+    assert (counts, len(rows)) == ([2, 2, 2, 3], 14)
+    assert prepared(tmp_path, [], sources=(f"{first}:0.5", f"{second}:2.25"))["row"][:] == rows
 
 
-def test_rows_with_different_keys_are_not_mixed_up_by_arrow(tmp_path):
+def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
     rows = [
-        {"messages": chat("a", "b"), "tools": [TOOL]},
-        {"messages": chat("a", "b"), "chat_template_kwargs": {"one": 1}},
-        {"messages": [*chat("a"), {"role": "assistant", "content": None, "tool_calls": CALL}], "tools": None},
-    ]
+        {"text": "2024-01-01"},
+        {"text": "2024-01-02", "json": "{}"},
+    ]  # Arrow would make the first timestamps
+    texts = [EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, rows)]
+    assert texts == [f"2024-01-01{IM}", f"2024-01-02{IM}"]
     tokenizer = copy.deepcopy(EMBEDDED)
     tokenizer.chat_template = (
         "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"
     )
-    encode = functools.partial(encode_sft, tokenizer=tokenizer, loss_on="all", max_length=1000)
-    data, _ = prepare_data((write_rows(tmp_path / "rows.jsonl", rows),), encode, SFT_FEATURES)
-    tools, one, last = zip(*(tokenizer.decode(row["input_ids"]).split("|") for row in data), strict=True)
-    assert [json.loads(text) for text in tools] == [[TOOL], None, None]
-    assert one == ("False", "True", "False")
-    assert (
-        json.loads(last[0][: len(last[0]) // 2 + 1].split("}{")[0].rstrip("}") + "}")
-        == rows[0]["messages"][0]
-    )
-    assert "null" not in "".join(last)
-    assert '"arguments": {"x": 1}' in last[2]
-
-
-def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
-    rows = [{"text": "2024-01-01"}, {"text": "2024-01-02"}]  # Arrow would make these timestamps
-    texts = [EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, rows)[0]]
-    assert texts == ["2024-01-01<|im_end|>", "2024-01-02<|im_end|>"]
-    call = [{"function": {"name": "f", "arguments": {"x": None, "y": 1}}}]  # a real null is kept
-    messages = [{"role": "assistant", "content": None, "tool_calls": call, "name": None}]
-    tokenizer = copy.deepcopy(EMBEDDED)
-    tokenizer.chat_template = "{% for m in messages %}{{ m | tojson }}{% endfor %}"
-    text = tokenizer.decode(encode_sft({"messages": messages}, tokenizer, loss_on="all")["input_ids"])
-    assert json.loads(text)["tool_calls"][0]["function"]["arguments"] == {"x": None, "y": 1}
-    assert "name" not in json.loads(text)
+    rows = [{"messages": TWO[:1], "tools": [TOOL], "chat_template_kwargs": {"two": 2}}]
+    rows += [{"messages": TWO[:1], "tools": None, "chat_template_kwargs": {"one": 1}}]
+    table = datasets.Dataset.from_list(rows)
+    assert "one" in table[0]["chat_template_kwargs"]  # Arrow gives every object the keys of all others
+    table.to_parquet(tmp_path / "rows.parquet")
+    for source in (write_rows(tmp_path / "rows.jsonl", rows), str(tmp_path / "rows.parquet")):
+        data = prepared(tmp_path, [], sources=(source,), tokenizer=tokenizer, loss_on="all", max_length=999)
+        texts = [tokenizer.decode(row["input_ids"]).split("|") for row in data]
+        assert [(json.loads(tools), one) for tools, one, _ in texts] == [([TOOL], "False"), (None, "True")]
+        assert [text for _, _, text in texts] == ['{"role": "user", "content": "a"}'] * 2
 
 
 def test_csv_files_as_spreadsheets_write_them(tmp_path):
     rows = [{"prompt": "q", "completion": "NA"}, {"prompt": "q\n2", "completion": "054"}]
-    expected = prepared(tmp_path, rows)[0]["input_ids"][:]
-    text = '\r\n,prompt, completion\r\n0,q,NA\r\n\r\n1,"q\n2",054\r\n'
+    text = ',prompt, completion\r\n0,q,NA\r\n\r\n1,"q\n2",054\r\n'
     (tmp_path / "rows.csv").write_text(text, encoding="utf-8-sig", newline="")
-    data, report = prepared(tmp_path, rows, "other.jsonl", sources=(str(tmp_path / "rows.csv"),))
-    assert data["input_ids"][:] == expected
-    assert data["row"][:] == [1, 2]
-    assert report["unused"] == {"''"}
+    data = prepared(tmp_path, [], sources=(str(tmp_path / "rows.csv"),))
+    assert data["input_ids"][:] == prepared(tmp_path, rows, "other.jsonl")["input_ids"][:]
+    assert [row.split(" of ")[0] for row in data["row"]] == ["row 1", "row 2"]
 
 
-def test_first_thousand_rows_dropped(tmp_path):
-    rows = [{"text": "x" * 200}] * 1200 + [{"text": "abc"}]
-    data, report = prepared(tmp_path, rows)
-    assert data["row"][:] == [1201]
-    assert report["dropped"] == {"longer than --max-length 100": 1200}
-
-
-def test_row_numbers_are_line_numbers(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('\n{"text": "abc"}\n\n{"text": 5}\n')
-    encode = functools.partial(encode_sft, tokenizer=EMBEDDED)
-    with pytest.raises(UserError, match="row 4: `text` is 5"):
-        prepare_data((str(tmp_path / "rows.jsonl"),), encode, SFT_FEATURES)
-
-
-def test_stop_id_is_what_ends_the_training_tokens():
-    stop = EMBEDDED.convert_tokens_to_ids("<|im_end|>")
-    messages = {"messages": chat("a", "One.")}
-    for loss_on in ("auto", "all"):  # under "all" a newline follows the end of the turn
-        assert encode_sft(messages, EMBEDDED, loss_on=loss_on)["stop_id"] == stop
-    assert encode_sft({"text": "abc"}, EMBEDDED)["stop_id"] == EMBEDDED.eos_token_id
-    assert encode_sft(messages, EMBEDDED, max_length=12, overflow="truncate", loss_on="all")["stop_id"] == -1
-    assert encode_sft({"input_ids": [5, 6]}, EMBEDDED)["stop_id"] == -1
-
-
-def test_a_changed_file_or_tokenizer_is_tokenized_again(tmp_path):
-    first, _ = prepared(tmp_path, [{"text": "one"}])
+def test_what_changes_is_tokenized_again(tmp_path):
+    """A file of the same size and time, the tokenizer, an argument of the encoder; and the digests tell."""
+    first = prepared(tmp_path, [{"text": "one"}])
     stamp = (tmp_path / "rows.jsonl").stat()
-    write_rows(tmp_path / "rows.jsonl", [{"text": "two"}])
+    second = prepared(tmp_path, [{"text": "two"}])
     os.utime(tmp_path / "rows.jsonl", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    encode = functools.partial(encode_sft, tokenizer=copy.deepcopy(EMBEDDED))
-    second, _ = prepare_data((str(tmp_path / "rows.jsonl"),), encode, SFT_FEATURES)
-    assert first["input_ids"][:] != second["input_ids"][:]
-    encode.keywords["tokenizer"].eos_token = "<|im_start|>"
-    third, _ = prepare_data((str(tmp_path / "rows.jsonl"),), encode, SFT_FEATURES)
-    assert third["input_ids"][0][-1] == EMBEDDED.convert_tokens_to_ids("<|im_start|>")
-
-
-def test_digests_tell_rows_and_masks_apart(tmp_path):
-    ids = [5, 6, 7]
-    rows = [
-        {"input_ids": ids},
-        {"input_ids": ids, "labels": [-100, -100, 7]},
-        {"input_ids": [5, 6, 8]},
-        {"input_ids": ids},
+    other = copy.deepcopy(EMBEDDED)
+    other.eos_token = "<|im_start|>"
+    found = [first, second]
+    found += [
+        prepared(tmp_path, [{"text": "two"}], tokenizer=other),
+        prepared(tmp_path, [{"text": "two"}], loss_on="all"),
     ]
-    digests = prepared(tmp_path, rows)[0]["digest"][:]
-    assert len(set(digests)) == 3
-    assert digests[0] == digests[3]
-
-
-def test_cache_knows_its_inputs(tmp_path):
-    rows = [{"messages": chat("a", "b")}]
-    plain = prepared(tmp_path, rows)[0]["num_targets"][:]
-    everything = prepared(tmp_path, rows, loss_on="all")[0]["num_targets"][:]
-    assert plain != everything
-    assert prepared(tmp_path, rows)[0]["num_targets"][:] == plain
+    assert [data["input_ids"][0][-1] == END[0] for data in found] == [True, True, False, True]
+    assert len({data["digest"][0] for data in found}) == 3  # to train all of a text is what auto does
+    assert prepared(tmp_path, [{"text": "one"}])["digest"][:] == first["digest"][:]
 
 
 def test_marking_shows_exactly_the_mask():
@@ -601,3 +604,17 @@ def test_tokenizing_is_parallel_and_one_process_at_a_time(tmp_path, monkeypatch)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     prepared(tmp_path, [{"text": f"row {i}"} for i in range(6001)])
     assert seen["num_proc"] == 4
+
+
+def test_batches_are_cut_evenly_and_rows_hold_shared_prompts_once():
+    assert split_batch([9, 2, 6, 3, 5], 2, 10) == [[[0], [4]], [[2], [3, 1]]]
+    assert split_batch([2, 2, 2], 2, 10, alone=True) == [[[0], [2]], [[1], []]]
+    documents = [(np.array(ids), np.array([0, 0, 1, 1], bool)) for ids in ([1, 2, 3, 4], [1, 2, 5, 6])]
+    batch = collate(documents, share_prompts=True)
+    assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
+    assert (batch.positions_N.tolist(), batch.labels_N.tolist()) == ([1, 2, 1, 4], [3, 4, 5, 6])
+    assert (batch.documents_N.tolist(), batch.last_B.tolist(), batch.num_tokens) == ([0, 0, 1, 1], [3, 5], 6)
+    rows, back = group_documents([5, 4], np.zeros(2, int), np.arange(9))
+    assert [(row.tolist(), shared) for row, shared in rows] == [([[0, 1, 2, 3, 4], [5, 6, 7, 8, 8]], 0)]
+    assert back.tolist() == list(range(9))
