@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from test_tokenization import stock
 from trl.chat_template_utils import llama3_template, qwen3_template
 
+import common
 import grpo
 from common import (
     Call,
-    ChatTemplate,
     EnvironmentWorker,
     Sample,
     UserError,
+    chat_template,
     check_tools,
     collate,
     encode_messages,
@@ -206,7 +207,7 @@ def test_an_episode_is_what_the_template_renders(echo):
     tools = [{"role": "tool", "content": content} for content in contents]
     answers = [{"role": "assistant", "content": text} for text in said]
     messages = [{"role": "user", "content": "Go."}, answers[0], tools[0], answers[1], *tools[1:], answers[2]]
-    ids, mask = encode_messages(EMBEDDED, messages, [1, 3, 6])
+    ids, mask = encode_messages(chat_template(EMBEDDED), messages, [1, 3, 6])
     whole = sample.prompt_ids + sample.ids
     assert ids[: len(whole)] == whole  # the template ends with a line break
     assert mask[: len(whole)] == [False] * len(sample.prompt_ids) + sample.mask
@@ -232,7 +233,7 @@ STOPS = {
 @pytest.mark.parametrize("count", [1, 2])
 def test_tool_tokens_are_the_templates(name, count):
     """They follow the stop token of the turn in the template's own rendering of a whole conversation."""
-    tokenizer, template = stock(name), ChatTemplate.of(stock(name), TOOLS)
+    tokenizer, template = stock(name), chat_template(stock(name), TOOLS)
     stop_id = tokenizer.convert_tokens_to_ids(STOPS[name])
     messages = tool_messages(
         [Call("say", {"text": "a"})] * count, [("ok", (f"result {i}", False)) for i in range(count)]
@@ -405,3 +406,157 @@ def test_environments_that_are_none_are_refused(tmp_path, name, message):
     )
     with pytest.raises(UserError, match=f"--environment .*{message}"):
         EnvironmentWorker(name.format(path), 1)
+
+
+# ---- 2048 ------------------------------------------------------------------------------------------------------------
+
+
+def slide_naively(row):
+    made, gain, can_merge = [], 0, False
+    for tile in filter(None, row):
+        can_merge = can_merge and made[-1] == tile
+        if can_merge:
+            made[-1] *= 2
+            gain += made[-1]
+        else:
+            made.append(tile)
+        can_merge = not can_merge
+    return (made + [0] * 4)[:4], gain
+
+
+def test_2048_slides_as_a_naive_loop():
+    rng = random.Random(0)
+    for row in [[2, 2, 2, 2], *([rng.choice([0, 2, 2, 4, 8]) for _ in range(4)] for _ in range(500))]:
+        assert slide(row) == slide_naively(row)
+    assert slide([2, 2, 2, 2]) == ([4, 4, 0, 0], 8)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_2048_plays_to_its_end(seed):
+    game, twin, rng = Game2048(), Game2048(), random.Random(seed)
+    assert game.reset(seed=seed) == twin.reset(seed=seed)
+    while not game.done:
+        before, direction = sum(map(sum, game.board)), rng.choice(["left", "Right ", "up", "down"])
+        said = game.move(direction)
+        assert said == twin.move(direction)
+        assert f"score={game.score}\n" in said
+        assert sum(map(sum, game.board)) - before in (0, 2, 4)  # merging keeps the sum; a new tile adds to it
+    tiles = [tile for row in game.board for tile in row]
+    # A tile of 2^k made of twos is worth (k - 1) 2^k; each four that came as such saves 4.
+    worth = sum((tile.bit_length() - 2) * tile for tile in tiles)
+    assert all(tiles)
+    assert worth >= game.score
+    assert (worth - game.score) % 4 == 0
+    assert game.get_reward() == pytest.approx(math.log(1 + game.score) / math.log(20001))
+    assert 0.4 < game.get_reward() < 1
+    with pytest.raises(ValueError, match="Game over"):
+        game.move("left")
+    twin.done = False
+    with pytest.raises(ValueError, match="must be left, right, up or down"):
+        twin.move("north")
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+CALCULATOR = f"{ASSETS / 'calculator.py'}:Calculator"
+
+
+def train(output_dir, rows, **flags):
+    """grpo.py in this process, with few samples -> metrics, samples."""
+    short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "num_generations": 4, "max_steps": 2}
+    output_dir.mkdir(exist_ok=True)
+    short |= {"dataset": (write_rows(output_dir / "rows.jsonl", rows),), "output_dir": str(output_dir / "run")}
+    grpo.main(replace(grpo.Args(), **{**short, **flags}))
+    said = (output_dir / "run" / "completions.jsonl").read_text().splitlines()
+    return read_metrics(output_dir / "run"), [json.loads(line) for line in said]
+
+
+def scripted(monkeypatch, turns):
+    """Let the embedded engine write a script, with the log-probs that its model gives it."""
+    script = Script(turns)
+
+    @torch.no_grad()
+    def generate(self, *arguments):
+        groups = script.generate(*arguments)
+        for (sample,) in groups:
+            ids, sample.versions = np.array(sample.prompt_ids + sample.ids), [self.version] * len(sample.ids)
+            batch = collate([(ids, np.arange(len(ids)) >= len(sample.prompt_ids))])
+            logits = self.model(torch.tensor(ids)[None]).logits[0, batch.positions_N].log_softmax(-1)
+            sample.logps = logits.gather(1, batch.labels_N[:, None])[:, 0].tolist()
+        return groups
+
+    monkeypatch.setattr(common.HFEngine, "generate", generate)
+    return script
+
+
+def prompts(count):
+    return [{"prompt": [{"role": "user", "content": f"1+1, {n}"}], "answer": "2"} for n in range(count)]
+
+
+def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
+    def turns(key, turn):
+        wrong = key[3] % 2
+        return f"{2 + wrong}" if turn else hermes("add", a=1, b=1 + wrong) + "x" * key[3]
+
+    script = scripted(monkeypatch, turns)
+    flags = {"micro_batch_tokens": 300, "max_length": 300, "max_completion_length": 150, "beta": 0.1, "num_iterations": 2}
+    metrics, said = train(tmp_path, prompts(8), environment=CALCULATOR, rewards=("environment",), **flags)
+    for row in metrics[:1]:  # only on the same tokens, after the same ones, do sampler and trainer agree
+        assert row["sampling/sampling_logp_difference/mean"] < 1e-4
+        assert row["kl"] == pytest.approx(0, abs=1e-6)
+    first, sampled = metrics[0], [len(ids) for *_, ids in script.seen]
+    assert (first["tools/call_frequency"], first["tools/failure_frequency"], first["turns/mean"]) == (1, 0, 2)
+    assert first["rewards/environment/mean"] == 0.5
+    assert first["tokens"] == sum(sampled)
+    assert first["completions/mean_length"] == sum(sampled) / 8
+    call = hermes("add", a=1, b=1)
+    assert said[0]["completion"] == f"{call}<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
+    assert said[0]["rewards"] == {"environment": 1.0}
+    assert said[0]["advantage"] > 0 > said[1]["advantage"]
+
+
+def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "echo.py").write_text(ECHO)
+    (tmp_path / "r.py").write_text("def r(completions, **_):\n    return [len(c[-1]['content']) for c in completions]\n")
+    scripted(monkeypatch, lambda key, turn: hermes("go_wrong", how="hang") if key[3] == 3 else "nan"[key[3] :])
+    flags = {"environment": f"{tmp_path / 'echo.py'}:Echo", "reward_timeout": 1.0, "max_steps": 1}
+    flags |= {"max_completion_length": 200, "rewards": ("environment", f"{tmp_path / 'r.py'}:r")}
+    (row,), said = train(tmp_path / "runs", prompts(2), **flags)
+    assert row["failed_rewards"] == 2
+    assert [one["advantage"] is None for one in said] == [False, False, False, True] * 2
+    assert [*said[0]["rewards"].values()] == [0.0, 3.0]
+    assert {*said[3]["rewards"].values()} == {None}
+
+
+def test_a_run_plays_2048(tmp_path):
+    rows = [{"prompt": [{"role": "user", "content": "Play."}]}] * 6
+    _, said = train(tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048", rewards=("environment",))
+    boards = [one["prompt"] for one in said]
+    assert all("Play.\nscore=0\n" in board for board in boards)
+    assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [1] * 4  # the same in a group
+    assert len(set(boards)) == 4
+    assert all(one["rewards"] == {"environment": 0.0} for one in said)  # the model has never seen a tool
+
+
+def test_an_environment_needs_messages(tmp_path):
+    with pytest.raises(UserError, match="messages"):
+        train(tmp_path, [{"prompt": "a"}] * 4, environment=CALCULATOR, rewards=("environment",))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.learn
+def test_grpo_teaches_the_calculator(tmp_path):
+    """The commands of tests/assets/calculator.py: a start that is neither ignorant nor done, then reinforcement alone."""
+    chats, start, end = tmp_path / "chats.jsonl", tmp_path / "start", tmp_path / "end"
+    sft = ["--batch-size", 32, "--learning-rate", 3e-3, "--lr-schedule", "constant", "--max-steps", 150]
+    rl = ["--max-completion-length", 100, "--temperature", 0.7, "--max-steps", 20]
+    for script, flags in {
+        "tests/assets/calculator.py": [chats],
+        "sft.py": ["--dataset", chats, *sft, "--output-dir", start],
+        "grpo.py": ["--model", start / "final", "--environment", CALCULATOR, *rl, "--output-dir", end],
+    }.items():
+        result = run(script, *flags, timeout=1200)
+        assert result.returncode == 0, result.stderr[-2000:]
+    evals = [row["eval/reward"] for row in read_metrics(end) if "eval/reward" in row]
+    assert 0.05 < evals[0] < 0.6
+    assert evals[-1] > evals[0] + 0.2
