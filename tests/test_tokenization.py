@@ -2,7 +2,6 @@
 ships, and Mistral's below."""
 
 import copy
-import datetime
 import functools
 import json
 import os
@@ -403,10 +402,10 @@ def test_rows_that_are_dropped_say_why(name):
 
 
 def test_prompts_end_where_the_model_begins_and_keep_all_columns():
-    row = {"prompt": TWO[:1], "answer": "7", "when": datetime.date(2024, 1, 1), "tools": None}
+    row = {"prompt": TWO[:1], "answer": "7", "tools": None}
     found = encode_prompt(row, EMBEDDED)
     assert EMBEDDED.decode(found["input_ids"]) == Q
-    assert json.loads(found["columns"]) == {"answer": "7", "when": "2024-01-01", "tools": None}
+    assert json.loads(found["columns"]) == {"answer": "7", "tools": None}
     assert (json.loads(found["prompt"]), found["stop_id"]) == (TWO[:1], *END)
     qwen = stock("qwen3")
     ids = encode_prompt({"prompt": TWO[:1], "chat_template_kwargs": {"enable_thinking": False}}, qwen, tools=[TOOL])["input_ids"]  # fmt: skip
