@@ -28,8 +28,8 @@ from common import (
     chat_template,
     check_tools,
     collate,
-    encode_messages,
     encode_prompt,
+    encode_sft,
     load_tokenizer,
     parse_calls,
     play_episodes,
@@ -207,7 +207,8 @@ def test_an_episode_is_what_the_template_renders(echo):
     tools = [{"role": "tool", "content": content} for content in contents]
     answers = [{"role": "assistant", "content": text} for text in said]
     messages = [{"role": "user", "content": "Go."}, answers[0], tools[0], answers[1], *tools[1:], answers[2]]
-    ids, mask = encode_messages(chat_template(EMBEDDED), messages, [1, 3, 6])
+    row = encode_sft({"messages": messages}, EMBEDDED)
+    ids, mask = row["input_ids"], row["loss_mask"]
     whole = sample.prompt_ids + sample.ids
     assert ids[: len(whole)] == whole  # the template ends with a line break
     assert mask[: len(whole)] == [False] * len(sample.prompt_ids) + sample.mask
@@ -465,7 +466,10 @@ def train(output_dir, rows, **flags):
     """grpo.py in this process, with few samples -> metrics, samples."""
     short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "num_generations": 4, "max_steps": 2}
     output_dir.mkdir(exist_ok=True)
-    short |= {"dataset": (write_rows(output_dir / "rows.jsonl", rows),), "output_dir": str(output_dir / "run")}
+    short |= {
+        "dataset": (write_rows(output_dir / "rows.jsonl", rows),),
+        "output_dir": str(output_dir / "run"),
+    }
     grpo.main(replace(grpo.Args(), **{**short, **flags}))
     said = (output_dir / "run" / "completions.jsonl").read_text().splitlines()
     return read_metrics(output_dir / "run"), [json.loads(line) for line in said]
@@ -499,7 +503,13 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
         return f"{2 + wrong}" if turn else hermes("add", a=1, b=1 + wrong) + "x" * key[3]
 
     script = scripted(monkeypatch, turns)
-    flags = {"micro_batch_tokens": 300, "max_length": 300, "max_completion_length": 150, "beta": 0.1, "num_iterations": 2}
+    flags = {
+        "micro_batch_tokens": 300,
+        "max_length": 300,
+        "max_completion_length": 150,
+        "beta": 0.1,
+        "num_iterations": 2,
+    }
     metrics, said = train(tmp_path, prompts(8), environment=CALCULATOR, rewards=("environment",), **flags)
     for row in metrics[:1]:  # only on the same tokens, after the same ones, do sampler and trainer agree
         assert row["sampling/sampling_logp_difference/mean"] < 1e-4
@@ -510,15 +520,22 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
     assert first["tokens"] == sum(sampled)
     assert first["completions/mean_length"] == sum(sampled) / 8
     call = hermes("add", a=1, b=1)
-    assert said[0]["completion"] == f"{call}<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
+    assert (
+        said[0]["completion"]
+        == f"{call}<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
+    )
     assert said[0]["rewards"] == {"environment": 1.0}
     assert said[0]["advantage"] > 0 > said[1]["advantage"]
 
 
 def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
     (tmp_path / "echo.py").write_text(ECHO)
-    (tmp_path / "r.py").write_text("def r(completions, **_):\n    return [len(c[-1]['content']) for c in completions]\n")
-    scripted(monkeypatch, lambda key, turn: hermes("go_wrong", how="hang") if key[3] == 3 else "nan"[key[3] :])
+    (tmp_path / "r.py").write_text(
+        "def r(completions, **_):\n    return [len(c[-1]['content']) for c in completions]\n"
+    )
+    scripted(
+        monkeypatch, lambda key, turn: hermes("go_wrong", how="hang") if key[3] == 3 else "nan"[key[3] :]
+    )
     flags = {"environment": f"{tmp_path / 'echo.py'}:Echo", "reward_timeout": 1.0, "max_steps": 1}
     flags |= {"max_completion_length": 200, "rewards": ("environment", f"{tmp_path / 'r.py'}:r")}
     (row,), said = train(tmp_path / "runs", prompts(2), **flags)
@@ -530,10 +547,14 @@ def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
 
 def test_a_run_plays_2048(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "Play."}]}] * 6
-    _, said = train(tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048", rewards=("environment",))
+    _, said = train(
+        tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048", rewards=("environment",)
+    )
     boards = [one["prompt"] for one in said]
     assert all("Play.\nscore=0\n" in board for board in boards)
-    assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [1] * 4  # the same in a group
+    assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [
+        1
+    ] * 4  # the same in a group
     assert len(set(boards)) == 4
     assert all(one["rewards"] == {"environment": 0.0} for one in said)  # the model has never seen a tool
 
