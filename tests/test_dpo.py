@@ -453,7 +453,7 @@ def test_what_is_odd_about_pairs_is_reported(tmp_path, capsys):
     rows += [pair("3+3=", "6", "6"), pair("3+3=", "6", "")]
     train(tmp_path / "run", max_steps=1, dataset=write_rows(tmp_path / "rows.jsonl", rows))
     printed = capsys.readouterr().out
-    for words in ("1 identical sides", "1 an empty side", "1 duplicated", "2 contradictory", "row 2 of", "row 4 of"):
+    for words in ("1 identical sides", "1 an empty side", "1 rows repeat another", "2 rows contradict another: row 2 of"):
         assert words in printed
 
 
