@@ -39,6 +39,12 @@ def no_process_group_left():
         dist.destroy_process_group()
 
 
+def train(script, output_dir, **flags):
+    """Run `main` of a script's module in this process, with SHORT where no flag says otherwise -> its metrics."""
+    script.main(script.Args(**{**SHORT, "output_dir": str(output_dir), **flags}))
+    return read_metrics(output_dir)
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
