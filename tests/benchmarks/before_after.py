@@ -67,8 +67,15 @@ def run_variants(root, work, commands):
         launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
         launcher = launcher if group.endswith("2 ranks") else []
         with open(work / f"{group}.log", "w") as log:
-            worker = [sys.executable, *launcher, __file__, "--worker", root, json.dumps(variants)]
-            subprocess.run(worker, stdout=log, stderr=log, check=False)
+            worker = [
+                sys.executable,
+                *launcher,
+                str(Path(__file__).resolve()),
+                "--worker",
+                root,
+                json.dumps(variants),
+            ]
+            subprocess.run(worker, cwd=root, stdout=log, stderr=log, check=False)
 
 
 def read(directory):
