@@ -52,7 +52,8 @@ def write_rows(path, rows):
 
 def read_metrics(output_dir):
     """The rows of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
+    path = Path(output_dir) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 

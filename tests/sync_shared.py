@@ -10,11 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [
-    name
-    for name in ("sft.py", "dpo.py", "reward_model.py", "grpo.py", "async_grpo.py", "gkd.py")
-    if (ROOT / name).exists()
-]
+SCRIPTS = ["sft.py", "dpo.py", "reward_model.py", "grpo.py", "async_grpo.py", "gkd.py"]
 OWN = {"Args", "main", "check_args"}  # of one name in every script, and its own in each
 OWN_FLAGS = {"loss_type", "label_smoothing", "beta"}  # TRL's names, whose meaning depends on the algorithm
 REGION = re.compile(r"^ *# --- shared: (\w+) ---\n.*?^ *# --- end shared ---\n", re.S | re.M)
@@ -36,16 +32,18 @@ def pieces(source):
     return {name: "".join(lines[first:last]) for name, (first, last) in spans(source).items()}
 
 
+def fields(source):
+    """Name -> (node of the field, node of its docstring) for every flag that scripts may share."""
+    args = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "Args")
+    pairs = zip(args.body[::2], args.body[1::2], strict=True)
+    return {field.target.id: (field, doc) for field, doc in pairs if field.target.id not in OWN_FLAGS}
+
+
 def flags(source):
     """Name -> (type, docstring) of every field of Args that scripts may share."""
-    args = next(
-        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args"
-    )
-    pairs = zip(args.body, args.body[1:], strict=False)
     return {
-        field.target.id: (ast.unparse(field.annotation), doc.value.value)
-        for field, doc in pairs
-        if isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr) and field.target.id not in OWN_FLAGS
+        name: (ast.unparse(field.annotation), doc.value.value)
+        for name, (field, doc) in fields(source).items()
     }
 
 
@@ -65,9 +63,16 @@ def synchronise(source, target):
         target = REGION.sub(
             lambda match, name=name, text=text: text if match[1] == name else match[0], target
         )
-    for name, (_, doc) in flags(source).items():
-        if name in flags(target) and flags(target)[name][1] != doc:
-            target = target.replace(f'"""{flags(target)[name][1]}"""', f'"""{doc}"""')
+    for name, (field, doc) in fields(source).items():
+        if name in fields(target) and flags(target)[name] != flags(source)[name]:
+            own, own_doc = fields(target)[name]
+            kind, default = (
+                ast.get_source_segment(*place) for place in ((source, field.annotation), (target, own.value))
+            )
+            text = f'    {name}: {kind} = {default}\n    """{doc.value.value}"""\n'
+            lines = target.splitlines(keepends=True)
+            lines[own.lineno - 1 : own_doc.end_lineno] = [text]
+            target = "".join(lines)
     return target
 
 

@@ -1,27 +1,39 @@
-"""Every command of the README runs: with --max-steps 2, and without a GPU or a network."""
+"""Every command of the README: it runs with --max-steps 2 in this process, or under torchrun where ONCE says so.
 
-import os
+Commands that need a vLLM server are parsed and their flags checked here; with `-m slow` they run, too.
+"""
+
+import importlib
 import re
 import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
 
+import common
+import conftest
 import pytest
+import tyro
 from conftest import ASSETS, ROOT
 from sync_shared import SCRIPTS
-
-import gkd
-from common import ServerNeeds, VLLMServer
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
 COMMANDS = [
-    line.split(" #")[0].strip()
+    line.split(" #")[0].split("&&")[-1].strip()
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
-    if re.search(r"\b(sft|dpo|reward_model|grpo|async_grpo|gkd|stdlib_conversations)\.py\b", line)
+    if ".py" in line
 ]
+STAND_INS = {
+    "Qwen/Qwen3-0.6B": str(ASSETS / "model"),
+    "Qwen/Qwen3-4B": str(ASSETS / "teacher"),
+    "chats.jsonl": str(ASSETS / "messages_eval.jsonl"),
+    "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
+    "pairs.jsonl": str(ASSETS / "preferences_eval.jsonl"),
+    "prompts.jsonl": str(ASSETS / "prompts_eval.jsonl"),
+}
+ONCE = "torchrun --nnodes"  # the other commands under torchrun run with one rank
 
 
 def test_the_first_two_blocks_set_up_and_run():
@@ -31,90 +43,70 @@ def test_the_first_two_blocks_set_up_and_run():
     assert "pytest" in BLOCKS[1]
 
 
-STAND_INS = {
-    "Qwen/Qwen3-0.6B": str(ASSETS / "model"),
-    "Qwen/Qwen3-4B": str(ASSETS / "teacher"),
-    "chats.jsonl": str(ASSETS / "messages.jsonl"),
-    "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
-    "pairs.jsonl": str(ASSETS / "preferences.jsonl"),
-    "prompts.jsonl": str(ASSETS / "prompts.jsonl"),
-}
+class Stop(Exception):
+    """Raised where a script has checked its flags and begins to load."""
 
 
-def run(command, directory):
-    """Run a command of the README in a directory, with small stand-ins for what it names."""
-    words = [STAND_INS.get(word, word) for word in shlex.split(command.split("&&")[-1])]
-    if "--nnodes" in words:  # several nodes: one here
-        words[words.index("--nnodes") + 1] = "1"
-        words[words.index("--rdzv-endpoint") + 1] = "127.0.0.1:0"
-    if "--nproc-per-node" in words:
-        words[words.index("--nproc-per-node") + 1] = "2"
-    program = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}[
-        words[0]
-    ]
-    trains = any(word in SCRIPTS for word in words) and "--score" not in words
-    words = [str(ROOT / word) if word.endswith(".py") else word for word in words[1:]]
-    words = [*program, *words, *(["--max-steps", "2"] if trains else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        words, cwd=directory, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, (command, result.stderr[-6000:])
-    return result.stdout
+def run_here(words, monkeypatch, only_checks=False):
+    """`main` of a script in this process, after two optimizer steps or, with only_checks, after its checks of flags."""
+    script = importlib.import_module(words[0].removesuffix(".py"))
+    if only_checks:
+        monkeypatch.setattr(script, "load_tokenizer", lambda *_: (_ for _ in ()).throw(Stop))
+    is_training = "--score" not in words
+    script.main(tyro.cli(script.Args, args=[*words[1:], *(["--max-steps", "2"] if is_training else [])]))
 
 
-def test_the_server_is_started_as_the_scripts_would():
-    shown = re.search(r"^    (VLLM_SERVER_DEV_MODE=1 .*?)\n\n", README, re.S | re.M)[1]
-    needs = ServerNeeds("Qwen/Qwen3-0.6B", "bfloat16", 2048, "nccl")
-    words = [word for word in shlex.split(shown) if word != "\n"]
-    assert words == [word.replace("127.0.0.1", "0.0.0.0") for word in shlex.split(needs.shell())]
+def run_as_a_process(words, directory):
+    places = {"--nnodes": "1", "--rdzv-endpoint": "127.0.0.1:0", "--nproc-per-node": "2"}
+    for flag, value in places.items():
+        if flag in words:
+            words[words.index(flag) + 1] = value
+    programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    paths = [str(ROOT / word) if word.endswith(".py") else word for word in words[1:]]
+    paths += ["--max-steps", "2", "--batch-size", "16"] if words[0] == "torchrun" else []
+    result = subprocess.run([*programs[words[0]], *paths], cwd=directory, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-6000:]
 
 
-def test_the_teachers_server_is_started_as_gkd_says():
-    shown = re.search(r"^    (python -m vllm.*?)\n\n", README, re.S | re.M)[1]
-    args = gkd.Args(teacher="http://HOST:8001", teacher_top_k=20)
-    words = [word for word in shlex.split(shown) if word != "\n"]
-    expected = shlex.split(gkd.TeacherServer(args, 2047, 512).shell())
-    swapped = {"TEACHER": "Qwen/Qwen3-32B", "127.0.0.1": "0.0.0.0", "8000": "8001"}
-    assert words == [swapped.get(word, word) for word in expected]
+def prepare(command, directory, monkeypatch):
+    """What commands before this one have made: a run to resume, a judge, data, a reward function."""
+    monkeypatch.chdir(directory)
+    (directory / "rewards.py").write_text("def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n")
+    if " stdlib/" in command:
+        run_as_a_process(["python", "tests/assets/stdlib_conversations.py", "stdlib"], directory)
+    if "--resume" in command:
+        run_here(shlex.split(command.replace(" --resume", ""))[1:], monkeypatch)
+    if "runs/judge/final" in command:
+        run_here(["reward_model.py", "--output-dir", "runs/judge", "--batch-size", "8"], monkeypatch)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """With the student, or with a teacher that is one, and with what runs before have made of it."""
-    needs = ServerNeeds(STAND_INS["Qwen/Qwen3-0.6B"], "float32", 2048, "gloo")
-    running = VLLMServer(needs, log_path=tmp_path_factory.mktemp("server") / "vllm.log")
-    yield running
-    running.stop()
-
-
-def starts_server(command):
-    return "--engine vllm" in command or "http://HOST:" in command
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(tmp_path, command, monkeypatch):
+    prepare(command, tmp_path, monkeypatch)
+    words = [STAND_INS.get(word, word) for word in shlex.split(command)]
+    script = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    if command.startswith(ONCE) or words[script] not in SCRIPTS:
+        run_as_a_process(words, tmp_path)
+    elif "vllm" in command or "http://HOST" in command:
+        with pytest.raises(Stop):
+            run_here(words[script:], monkeypatch, only_checks=True)
+        return
+    else:
+        run_here(words[script:], monkeypatch)
+    assert [path for pattern in ("runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl") for path in tmp_path.glob(pattern)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command", [pytest.param(one, marks=[pytest.mark.vllm] if starts_server(one) else []) for one in COMMANDS]
-)
-def test_command_runs(tmp_path, command, request):
-    """One that needs what another made (a run to resume, data) comes after that one."""
-    (tmp_path / "rewards.py").write_text(
-        "def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
-    )
-    if starts_server(command) and not find_spec("vllm"):
-        pytest.skip("needs vLLM")
-    if "http://HOST:" in command:
-        run(re.sub(r"http://HOST:\d+", request.getfixturevalue("server").url, command), tmp_path)
-    elif "--resume" in command:
-        run(command.replace(" --resume", ""), tmp_path)
-        assert "resuming after step 2" in run(command, tmp_path)
-    elif " stdlib/" in command:
-        run("python tests/assets/stdlib_conversations.py stdlib", tmp_path)
-        run(command, tmp_path)
-    elif "runs/judge/final" in command:
-        run("python reward_model.py --output-dir runs/judge", tmp_path)
-        run(command, tmp_path)
-    else:
-        run(command, tmp_path)
-    made = ["runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl"]
-    assert any(list(tmp_path.glob(pattern)) for pattern in made)
+@pytest.mark.vllm
+@pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+@pytest.mark.parametrize("command", [one for one in COMMANDS if re.fullmatch(r"python \w+.py --engine vllm", one)])
+def test_command_runs_with_its_own_server(tmp_path, command):
+    result = conftest.run(*shlex.split(command)[1:], "--max-steps", "2", "--output-dir", tmp_path / "run", timeout=600)
+    assert result.returncode == 0, result.stderr[-6000:]
+
+
+def test_the_servers_are_started_as_the_scripts_would():
+    """The README's two command lines of vLLM are those that a refused server's message shows."""
+    shown = [shlex.split(text.replace("\\\n", " ")) for text in re.findall(r"^    ((?:\w+=1 )?python -m vllm.*(?:\n        .*)*)", README, re.M)]
+    assert len(shown) == 2
+    assert common.__doc__
