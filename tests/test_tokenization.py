@@ -442,7 +442,9 @@ def test_distillation_gives_the_row_and_the_prompt_of_its_last_answer(name):
 def prepared(tmp_path, rows, name="rows.jsonl", sources=None, budget=10_000, **options):
     """The data that prepare_data makes of these rows, or of other sources."""
     sources = sources or (write_rows(tmp_path / name, rows),)
-    encode = functools.partial(encode_sft, **{"tokenizer": EMBEDDED, "max_length": 100, **options})
+    encode = functools.partial(
+        encode_sft, **{"tokenizer": EMBEDDED, "max_length": 100, "vocab_size": 10_000, **options}
+    )
     return prepare_data(sources, encode, SFT_FEATURES, budget)
 
 
@@ -477,7 +479,7 @@ def test_pairs_that_repeat_or_contradict_others_are_named(tmp_path, capsys):
     path = write_rows(
         tmp_path / "pairs.jsonl", [{"prompt": "Q:", "chosen": a, "rejected": b} for a, b in pairs]
     )
-    data = prepare_data((path, f"{path}:2"), functools.partial(encode_preference, tokenizer=EMBEDDED), PREFERENCE_FEATURES, 99)  # fmt: skip
+    data = prepare_data((path, f"{path}:2"), functools.partial(encode_preference, tokenizer=EMBEDDED, vocab_size=512), PREFERENCE_FEATURES, 99)  # fmt: skip
     said = capsys.readouterr().out
     assert len(data) == 3 * 4
     assert "dropped: 2 identical sides, 2 an empty side\n" in said
