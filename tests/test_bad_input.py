@@ -62,8 +62,8 @@ ROWS = {  # a row of a .jsonl file -> the message
     "completion is a number": ({"prompt": "a", "completion": 5}, r"`completion` is 5; it must be str \| list\[dict\]"),
     "text is a number": ({"text": 5}, r"`text` is 5; it must be str"),
     "half of a character": ("\ud800", r"the row is not JSON: .*surrogates not allowed"),
-    "ids beyond the vocabulary": ({"input_ids": [1, 512]}, r"the row has ids 1 to 512, but the model only 0 to 511"),
-    "ids below 0": ({"input_ids": [1, -7]}, r"the row has ids -7 to 1, but the model only 0 to 511"),
+    "ids beyond the vocabulary": ({"input_ids": [1, 512]}, r"its ids are 1 to 512, the model has 512"),
+    "ids below 0": ({"input_ids": [1, -7]}, r"its ids are -7 to 1, the model has 512"),
     "ids are true and false": ({"input_ids": [True, False, 3]}, r"`input_ids` is \[true, false, 3\]; it must be list\[int\]"),
     "ids are a number": ({"input_ids": 5}, r"`input_ids` is 5; it must be list\[int\]"),
     "labels of another length": ({"input_ids": [1, 2], "labels": [1]}, r"`labels` and masks must be as long as `input_ids`"),
@@ -97,7 +97,7 @@ SIDES = {  # a row of preferences -> the message
 ASKS = {  # a row of prompts -> the message
     "no prompt": ({"question": "a"}, r"the row has the columns \['question'\]; it needs a prompt"),
     "an empty prompt": ({"prompt": ""}, r"it needs a prompt, not empty"),
-    "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message, which is for the model to write"),
+    "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message; remove it: that is for the model to write"),
     "a prompt is a number": ({"prompt": 5}, r"`prompt` is 5; it must be str \| list\[dict\]"),
 }  # fmt: skip
 CASES = [(SFT, *case) for case in ROWS.items()] + [(PAIRS, *case) for case in SIDES.items()] + [(PROMPTS, *case) for case in ASKS.items()]  # fmt: skip
@@ -231,7 +231,7 @@ def test_models_that_cannot_be_used(tmp_path):
     (tmp_path / "no_template" / "chat_template.jinja").unlink()
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": "a <new> token"}])
     for flags, expected in (
-        ({"model": str(tmp_path / "large"), "dataset": (rows,)}, r"row 2 of .*: the row has ids \d+ to 512, but the model only 0 to 511"),
+        ({"model": str(tmp_path / "large"), "dataset": (rows,)}, r"row 2 of .*: its ids are \d+ to 512, the model has 512"),
         ({"model": str(tmp_path / "no_template")}, r"no chat template; give one by --chat-template"),
         ({"model": str(tmp_path / "gptj")}, r"--model .*gptj, --attention varlen: "),
     ):  # fmt: skip

@@ -202,7 +202,6 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
     "a developer message that is dropped": (DROPS, [{"role": "developer", "content": "a"}, *TWO], r"drops message 0 .developer: \"a\""),
     "a tool's result that is dropped": (DROPS, [TWO[0], tool("r"), *TWO[1:]], "drops message 1 .tool"),
     "words apart from their call": ("gemma4", [user("a"), assistant("CALLING.", tool_calls=CALL), *CALLED[2:]], "does not render message 1 in one place"),
-    "two BOS tokens": ("{{ bos_token }}{{ bos_token }}" + CHATML, TWO, "begins with two <s>"),
 }  # fmt: skip
 
 
