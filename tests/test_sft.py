@@ -329,17 +329,18 @@ def test_resume_refuses_other_flags_and_other_data(tmp_path, ragged):
 
 @pytest.mark.parametrize("bad", [1, 3])
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path, ragged, monkeypatch, bad):
-    real, calls = sft.sft_loss, []
+    real, calls, updates, step = sft.sft_loss, [], [], torch.optim.AdamW.step
 
     def poisoned(*args):
         calls.append(1)
         return real(*args) * (float("nan") if len(calls) == bad else 1.0)
 
     monkeypatch.setattr(sft, "sft_loss", poisoned)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updates.append(1) or step(*args))
     with pytest.raises(UserError, match=rf"step {bad}: the loss is nan.*row \d+ of .*ragged.jsonl"):
         train(tmp_path / "run", dataset=ragged, save_every=1)
     assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, bad))
-    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == bad - 1
+    assert len(updates) == len(list((tmp_path / "run").glob("checkpoint-*"))) == bad - 1
 
 
 # ---- Saved and loaded ----
