@@ -10,12 +10,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 
-import common
 import conftest
 import pytest
 import tyro
 from conftest import ASSETS, ROOT
 from sync_shared import SCRIPTS
+
+import common
+from common import UserError
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.S | re.M)
@@ -64,14 +66,18 @@ def run_as_a_process(words, directory):
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     paths = [str(ROOT / word) if word.endswith(".py") else word for word in words[1:]]
     paths += ["--max-steps", "2", "--batch-size", "16"] if words[0] == "torchrun" else []
-    result = subprocess.run([*programs[words[0]], *paths], cwd=directory, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [*programs[words[0]], *paths], cwd=directory, capture_output=True, text=True, timeout=300
+    )
     assert result.returncode == 0, result.stderr[-6000:]
 
 
 def prepare(command, directory, monkeypatch):
     """What commands before this one have made: a run to resume, a judge, data, a reward function."""
     monkeypatch.chdir(directory)
-    (directory / "rewards.py").write_text("def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n")
+    (directory / "rewards.py").write_text(
+        "def brevity(completion_ids, **_):\n    return [-len(ids) for ids in completion_ids]\n"
+    )
     if " stdlib/" in command:
         run_as_a_process(["python", "tests/assets/stdlib_conversations.py", "stdlib"], directory)
     if "--resume" in command:
@@ -93,20 +99,35 @@ def test_command_runs(tmp_path, command, monkeypatch):
         return
     else:
         run_here(words[script:], monkeypatch)
-    assert [path for pattern in ("runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl") for path in tmp_path.glob(pattern)]
+    assert [
+        path
+        for pattern in ("runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl")
+        for path in tmp_path.glob(pattern)
+    ]
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
-@pytest.mark.parametrize("command", [one for one in COMMANDS if re.fullmatch(r"python \w+.py --engine vllm", one)])
+@pytest.mark.parametrize(
+    "command", [one for one in COMMANDS if re.fullmatch(r"python \w+.py --engine vllm", one)]
+)
 def test_command_runs_with_its_own_server(tmp_path, command):
-    result = conftest.run(*shlex.split(command)[1:], "--max-steps", "2", "--output-dir", tmp_path / "run", timeout=600)
+    result = conftest.run(
+        *shlex.split(command)[1:], "--max-steps", "2", "--output-dir", tmp_path / "run", timeout=600
+    )
     assert result.returncode == 0, result.stderr[-6000:]
 
 
 def test_the_servers_are_started_as_the_scripts_would():
-    """The README's two command lines of vLLM are those that a refused server's message shows."""
-    shown = [shlex.split(text.replace("\\\n", " ")) for text in re.findall(r"^    ((?:\w+=1 )?python -m vllm.*(?:\n        .*)*)", README, re.M)]
-    assert len(shown) == 2
-    assert common.__doc__
+    """The README's two command lines of vLLM are those that the message about a server that fails shows."""
+    shown = re.findall(r"^    ((?:\w+=1 )?python -m vllm.*(?:\n        .*)*)", README, re.M)
+    teacher, policy = (shlex.split(text.replace("\\\n", " ")) for text in shown)
+    environment, words = common.server_command(
+        "http://0.0.0.0:8000", "Qwen/Qwen3-0.6B", "bfloat16", 2048, "nccl"
+    )
+    assert policy == [*map("=".join, environment.items()), "python", *words]
+    with pytest.raises(UserError) as caught:
+        common.VLLMTeacher("http://0.0.0.0:8001", 20, 2047, seconds=0.1)
+    expected = shlex.split(str(caught.value).splitlines()[-1].replace("TEACHER", "Qwen/Qwen3-32B"))
+    assert teacher == expected
