@@ -334,7 +334,7 @@ def test_micro_batches_and_rows_do_not_change_the_curve(tmp_path, ragged, loss_t
     one = train(tmp_path / "one", **flags)
     assert one[1]["loss"] != pytest.approx(one[-2]["loss"], rel=1e-3)
     others = [train(tmp_path / "many", micro_batch_tokens=200, **flags)]
-    monkeypatch.setattr(dpo, "self_check", lambda *_: "alone")  # each answer in its own row
+    monkeypatch.setattr(dpo, "self_check", lambda *_: False)  # each answer in its own row
     others += [train(tmp_path / "alone", **flags)]
     for curve in (one, *others):
         for row, prefix in zip(curve, ("eval/", ""), strict=False):
@@ -390,7 +390,7 @@ def test_final_is_the_trained_policy(tmp_path, ragged, lora_rank):
     """A run that begins with it has the log-probs with which the other ended."""
     flags = {"dataset": ragged, "eval_dataset": (ragged,)}
     ended = train(tmp_path / "run", lora_rank=lora_rank, **flags)[-1]
-    begun = train(tmp_path / "again", model=str(tmp_path / "run" / "final"), max_steps=1, **{k: v for k, v in flags.items()})[0]
+    begun = train(tmp_path / "again", model=str(tmp_path / "run" / "final"), max_steps=1, **flags)[0]
     assert begun["eval/logps/chosen"] == pytest.approx(ended["eval/logps/chosen"], rel=1e-4)
 
 
@@ -418,24 +418,24 @@ def test_bad_rows(tmp_path, name):
 
 
 BAD_FLAGS = {
-    "no loss": ({"loss_type": ()}, r"--loss-type"),
-    "a loss twice": ({"loss_type": ("sft", "sft")}, r"--loss-type"),
-    "weights of another number": ({"loss_weights": (1.0, 2.0)}, r"--loss-weights"),
-    "negative weight": ({"loss_weights": (-1.0,)}, r"--loss-weights"),
+    "no loss": ({"loss_type": ()}, r"--loss.type"),
+    "a loss twice": ({"loss_type": ("sft", "sft")}, r"--loss.type"),
+    "weights of another number": ({"loss_weights": (1.0, 2.0)}, r"--loss.weights"),
+    "negative weight": ({"loss_weights": (-1.0,)}, r"--loss.weights"),
     "beta 0": ({"beta": 0.0}, r"--beta"),
     "beta nan": ({"beta": math.nan}, r"--beta"),
-    "smoothing of a half": ({"loss_type": ("robust",), "label_smoothing": 0.5}, r"--label-smoothing"),
-    "smoothing without use": ({"loss_type": ("ipo",), "label_smoothing": 0.1}, r"--label-smoothing"),
-    "exo without smoothing": ({"loss_type": ("exo_pair",)}, r"exo_pair .*--label-smoothing"),
-    "divergence without use": ({"loss_type": ("apo_zero",), "f_divergence_type": "forward_kl"}, r"--f-divergence-type"),
-    "alpha without divergence": ({"f_alpha_divergence_coef": 2.0}, r"--f-alpha-divergence-coef"),
-    "ld_alpha above 1": ({"ld_alpha": 1.5}, r"--ld-alpha"),
-    "ld_alpha with simpo": ({"loss_type": ("simpo",), "ld_alpha": 0.5}, r"--ld-alpha"),
-    "weighting with aot": ({"loss_type": ("aot",), "use_weighting": True}, r"--use-weighting"),
-    "gamma without simpo": ({"simpo_gamma": 1.0}, r"--simpo-gamma"),
-    "penalty without rdpo": ({"rdpo_alpha": 1.0}, r"--rdpo-alpha"),
-    "precompute none": ({"loss_type": ("cpo", "sft"), "precompute_ref_log_probs": True}, r"--precompute-ref-log-probs"),
-    "pairs too long": ({"micro_batch_tokens": 20}, r"tokens.*--micro-batch-tokens"),
+    "smoothing of a half": ({"loss_type": ("robust",), "label_smoothing": 0.5}, r"--label.smoothing"),
+    "smoothing without use": ({"loss_type": ("ipo",), "label_smoothing": 0.1}, r"--label.smoothing"),
+    "exo without smoothing": ({"loss_type": ("exo_pair",)}, r"exo_pair .*--label.smoothing"),
+    "divergence without use": ({"loss_type": ("apo_zero",), "f_divergence_type": "forward_kl"}, r"--f.divergence.type"),
+    "alpha without divergence": ({"f_alpha_divergence_coef": 2.0}, r"--f.alpha.divergence.coef"),
+    "ld_alpha above 1": ({"ld_alpha": 1.5}, r"--ld.alpha"),
+    "ld_alpha with simpo": ({"loss_type": ("simpo",), "ld_alpha": 0.5}, r"--ld.alpha"),
+    "weighting with aot": ({"loss_type": ("aot",), "use_weighting": True}, r"--use.weighting"),
+    "gamma without simpo": ({"simpo_gamma": 1.0}, r"--simpo.gamma"),
+    "penalty without rdpo": ({"rdpo_alpha": 1.0}, r"--rdpo.alpha"),
+    "precompute none": ({"loss_type": ("cpo", "sft"), "precompute_ref_log_probs": True}, r"--precompute.ref.log.probs"),
+    "pairs too long": ({"micro_batch_tokens": 20}, r"tokens.*--micro.batch.tokens"),
 }  # fmt: skip
 
 
