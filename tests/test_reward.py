@@ -294,7 +294,7 @@ RANKING = {"prompt": "1+1=", "completions": ["4", "2", "3"]}
 def test_answers_stand_the_best_first(row, texts, ranks):
     """By rank, score or probability: whichever answer a row calls chosen, the likelier one is the better one."""
     tokenizer = AutoTokenizer.from_pretrained(ASSETS / "model")
-    found = encode_preference(row, tokenizer)
+    found = encode_preference(row, tokenizer, rankings=True)
     parts = np.split(np.array(found["input_ids"]), np.cumsum(found["lengths"])[:-1])
     assert [tokenizer.decode(part) for part in parts] == [f"{row['prompt']}{text}<|im_end|>" for text in texts]
     assert found["ranks"] == ranks

@@ -296,7 +296,7 @@ SIDES = {  # a row -> its documents as text with what is trained in [[ ]], ranks
 @pytest.mark.parametrize("name", SIDES)
 def test_preferences_and_rankings(name):
     row, expected, ranks, margin, probability = SIDES[name]
-    found = encode_preference(row, EMBEDDED)
+    found = encode_preference(row, EMBEDDED, rankings=True)
     ends = np.cumsum(found["lengths"])
     parts = [slice(end - length, end) for end, length in zip(ends, found["lengths"], strict=True)]
     texts = [mark_trained(EMBEDDED, found["input_ids"][part], found["loss_mask"][part]) for part in parts]
