@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import random
 import re
 import time
 from dataclasses import replace
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ASSETS, read_metrics, run, write_rows
-from game_2048 import Game2048, slide
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_tokenization import stock
@@ -20,104 +18,23 @@ from trl.chat_template_utils import llama3_template, qwen3_template
 
 import common
 import grpo
-from common import (
-    Call,
-    EnvironmentWorker,
-    Sample,
-    UserError,
-    chat_template,
-    check_tools,
-    collate,
-    encode_prompt,
-    encode_sft,
-    load_tokenizer,
-    parse_calls,
-    play_episodes,
-    tool_messages,
-    tool_tokens,
-)
+from common import Call, EnvironmentWorker, Sample, UserError, chat_template, tool_tokens
 
-EMBEDDED = load_tokenizer(str(ASSETS / "model"))
+EMBEDDED = common.load_tokenizer(str(ASSETS / "model"))
 STOP = [EMBEDDED.eos_token_id]
-ECHO = '''
-import asyncio, ctypes, os, threading, time
-
-class Echo:
-    """Says what it is told, or does what goes wrong."""
-
-    async def reset(self, start="", seed=None, **row):
-        self.done, self.seed, self.said, self.loop, self.thread = False, seed, [], asyncio.get_running_loop(), threading.get_ident()
-        if start == "raise":
-            raise RuntimeError("no start")
-        return f" seed {seed}" if start == "seed" else start or None
-
-    def say(self, text: str) -> str:
-        """
-        Say a text.
-
-        Args:
-            text: What to say.
-        """
-        assert self.thread == threading.get_ident()
-        self.said.append(text)
-        return text
-
-    async def later(self, text: str, seconds: float):
-        """
-        Say a text, later.
-
-        Args:
-            text: What to say.
-            seconds: How much later.
-        """
-        assert self.loop is asyncio.get_running_loop()
-        time.sleep(seconds)  # blocks its own event loop alone
-        return {"said": text}
-
-    def go_wrong(self, how: str):
-        """
-        Go wrong.
-
-        Args:
-            how: In which way.
-        """
-        if how == "raise":
-            raise KeyError("gone")
-        if how == "exit":
-            raise SystemExit(1)
-        if how == "hang":
-            time.sleep(60)
-        if how == "crash":
-            os._exit(3)
-        if how == "freeze":
-            ctypes.PyDLL(None).sleep(60)  # holds the interpreter's lock
-        if how == "end":
-            self.done = True
-        return 7
-
-    def get_reward(self):
-        if "broken" in self.said:
-            raise ValueError("no reward")
-        return float("nan") if "nan" in self.said else float(len(self.said))
-'''
+ECHO = f"{ASSETS / 'echo.py'}:Echo"
+CALCULATOR = f"{ASSETS / 'calculator.py'}:Calculator"
 
 
 @pytest.fixture(scope="module")
-def echo(tmp_path_factory):
-    path = tmp_path_factory.mktemp("echo") / "echo.py"
-    path.write_text(ECHO)
-    worker = EnvironmentWorker(f"{path}:Echo", timeout=20)
-    yield worker
+def echo():
+    yield (worker := EnvironmentWorker(ECHO, timeout=20))
     worker.stop()
 
 
 @pytest.fixture(scope="module")
-def hasty(tmp_path_factory):
-    path = tmp_path_factory.mktemp("hasty") / "echo.py"
-    path.write_text(ECHO)
-    worker = EnvironmentWorker(f"{path}:Echo", timeout=1)
-    worker.GRACE = 1
-    yield worker
+def hasty():
+    yield (worker := EnvironmentWorker(ECHO, timeout=1))
     worker.stop()
 
 
@@ -146,10 +63,12 @@ class Script:
 def play(worker, turns, rows=({},), num_samples=2, max_turns=8, max_length=2000, max_new=1000):
     """Play scripted turns in an environment -> the groups of Samples and the engine."""
     user = {"role": "user", "content": "Go."}
-    rows = [encode_prompt({"prompt": [user], **row}, EMBEDDED, 500, tools=worker.tools) for row in rows]
+    rows = [
+        common.encode_prompt({"prompt": [user], **row}, EMBEDDED, 500, tools=worker.tools) for row in rows
+    ]
     keys, engine = [(0, 0, place) for place in range(len(rows))], Script(turns)
     limits = max_turns, max_length, max_new
-    return play_episodes(engine, worker, EMBEDDED, rows, keys, num_samples, limits, 1.0, STOP), engine
+    return common.play_episodes(engine, worker, EMBEDDED, rows, keys, num_samples, limits, 1.0, STOP), engine
 
 
 def results(sample):
@@ -174,10 +93,8 @@ def test_tokens_are_exactly_what_the_engine_saw(echo, data):
     for key in [(0, 0, place, sample) for place in range(2) for sample in range(2)]:
         turns = data.draw(st.lists(st.lists(TEXTS, min_size=1, max_size=2), max_size=4))
         scripts[key] = [*("".join(hermes("say", text=text) for text in texts) for texts in turns), "The end."]
-    write = lambda key, turn: scripts[key][min(turn, len(scripts[key]) - 1)]  # noqa: E731
-    groups, engine = play(
-        echo, write, [{"start": start}] * 2, max_turns=max_turns, max_length=600, max_new=max_new
-    )
+    rows = [{"start": start}] * 2
+    groups, engine = play(echo, lambda key, turn: scripts[key][turn], rows, 2, max_turns, 600, max_new)
     for key, sample in zip(scripts, [sample for group in groups for sample in group], strict=True):
         assert not sample.failure
         whole, seen = sample.prompt_ids + sample.ids, [entry[2:] for entry in engine.seen if entry[0] == key]
@@ -197,17 +114,14 @@ def test_tokens_are_exactly_what_the_engine_saw(echo, data):
 
 def test_an_episode_is_what_the_template_renders(echo):
     """With well-behaved texts, ids are those of the whole conversation; the trained ones are sft.py's."""
-    said = [
-        hermes("say", text="a\nb"),
-        hermes("say", text="c") + hermes("later", text="d", seconds=0),
-        "Done.",
-    ]
-    (sample, _), _ = play(echo, lambda key, turn: said[turn])[0][0], None
+    second = hermes("say", text="c") + hermes("later", text="d", seconds=0)
+    said = [hermes("say", text="a\nb"), second, "Done."]
+    ((sample, _),), _ = play(echo, lambda key, turn: said[turn])
     contents = ["a\nb", "c", "{'said': 'd'}"]
     tools = [{"role": "tool", "content": content} for content in contents]
     answers = [{"role": "assistant", "content": text} for text in said]
     messages = [{"role": "user", "content": "Go."}, answers[0], tools[0], answers[1], *tools[1:], answers[2]]
-    row = encode_sft({"messages": messages}, EMBEDDED)
+    row = common.encode_sft({"messages": messages}, EMBEDDED)
     ids, mask = row["input_ids"], row["loss_mask"]
     whole = sample.prompt_ids + sample.ids
     assert ids[: len(whole)] == whole  # the template ends with a line break
@@ -219,15 +133,14 @@ def test_an_episode_is_what_the_template_renders(echo):
 
 # ---- Templates and tool calls ----------------------------------------------------------------------------------------
 
-TOOLS = [{"type": "function", "function": {"name": "say", "description": "d", "parameters": {
-    "type": "object", "properties": {"text": {"type": "string", "description": "t"}}, "required": ["text"]}}}]  # fmt: skip
-STOPS = {
-    "qwen3": "<|im_end|>",
-    "qwen2_5": "<|im_end|>",
-    "llama3": "<|eot_id|>",
-    "llama3_1": "<|eot_id|>",
-    "mistral": "</s>",
+TEXT = {
+    "type": "object",
+    "properties": {"text": {"type": "string", "description": "t"}},
+    "required": ["text"],
 }
+TOOLS = [{"type": "function", "function": {"name": "say", "description": "d", "parameters": TEXT}}]
+STOPS = {"qwen3": "<|im_end|>", "qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>"}
+STOPS |= {"mistral": "</s>"}
 
 
 @pytest.mark.parametrize("name", STOPS)
@@ -236,11 +149,11 @@ def test_tool_tokens_are_the_templates(name, count):
     """They follow the stop token of the turn in the template's own rendering of a whole conversation."""
     tokenizer, template = stock(name), chat_template(stock(name), TOOLS)
     stop_id = tokenizer.convert_tokens_to_ids(STOPS[name])
-    messages = tool_messages(
-        [Call("say", {"text": "a"})] * count, [("ok", (f"result {i}", False)) for i in range(count)]
-    )
+    answers = [("ok", (f"result {i}", False)) for i in range(count)]
+    messages = common.tool_messages([Call("say", {"text": "a"})] * count, answers)
     text = STOPS[name] + tokenizer.decode(tool_tokens(template, messages, [stop_id]))
-    called = [{"type": "function", "id": m["tool_call_id"], "function": {"name": "say", "arguments": {"text": "other"}}} for m in messages]  # fmt: skip
+    other = {"type": "function", "function": {"name": "say", "arguments": {"text": "other"}}}
+    called = [{**other, "id": message["tool_call_id"]} for message in messages]
     said = {"content": "", "tool_calls": called}
     if name == "llama3" or (name, count) == ("llama3_1", 2):  # it knows no tool calls, or only one
         said = {"content": "Other."}
@@ -272,50 +185,43 @@ NO_PLACE = "has no place for a tool's result"
 def test_templates_that_do_not_serve_are_refused(tokenizer, stop, message):
     stop_ids = [tokenizer.convert_tokens_to_ids(stop)]
     if message is None:
-        return check_tools(tokenizer, TOOLS, stop_ids)
+        return common.check_tools(tokenizer, TOOLS, stop_ids)
     with pytest.raises(UserError, match=message):
-        check_tools(tokenizer, TOOLS, stop_ids)
+        common.check_tools(tokenizer, TOOLS, stop_ids)
 
 
-BAD = [("unknown", {}, "malformed tool call: ...")]
+BAD = Call("unknown", {}, "malformed tool call: ...")
+YES, NO = Call("say", {"text": "yes"}), Call("say", {"text": "no"})
+QWEN = qwen3_template, "<|im_start|>assistant\n", "<|im_end|>"
+LLAMA = llama3_template, "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>"
+SAY_YES, SAY_NO = hermes("say", text="yes"), hermes("say", text="no")
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("No call.", []),
-    (hermes("say", text="a<b"), [("say", {"text": "a<b"}, "")]),
-    ("Well:\n<tool_call>\n" + json.dumps({"name": "say", "arguments": '{"text": "é\\n"}'}) + "\n</tool_call>\n" +
-     hermes("say", text=""), [("say", {"text": "é\n"}, ""), ("say", {"text": ""}, "")]),
-    ("<think>" + hermes("say", text="no") + "</think>" + hermes("say", text="yes"), [("say", {"text": "yes"}, "")]),
-    ('<tool_call>{"name": "say"}</tool_call>', [("say", {}, "")]),
-    (hermes("shout", text="a"), [("shout", {"text": "a"}, "Tool shout not found.")]),
-    (hermes("reset"), [("reset", {}, "Tool reset not found.")]),
-    ('<tool_call>{"name": "say", "arguments"</tool_call>', BAD),
-    ('<tool_call>{"name": "say", "arguments": {}}', BAD),
-    ("<tool_call>" + "[" * 100_000 + "</tool_call>", BAD),
-    ('<tool_call>{"name": ["say"]}</tool_call>', BAD),
-    ('<tool_call>{"name": "say", "arguments": [1]}</tool_call>', BAD),
-    ("<tool_call>7</tool_call>" + hermes("say", text="a"), [*BAD, ("say", {"text": "a"}, "")]),
+@pytest.mark.parametrize(("form", "text", "expected"), [
+    (None, "No call.", []),
+    (None, SAY_YES, [YES]),
+    (None, 'A<b:\n<tool_call>\n{"name": "say", "arguments": "{\\"text\\": \\"é\\\\n\\"}"}\n</tool_call>\n' + SAY_NO, [Call("say", {"text": "é\n"}), NO]),
+    (None, "<think>" + SAY_NO + "</think>" + SAY_YES, [YES]),
+    (None, '<tool_call>{"name": "say"}</tool_call>', [Call("say", {})]),
+    (None, hermes("shout", text="a"), [Call("shout", {"text": "a"}, "Tool shout not found.")]),
+    (None, hermes("reset"), [Call("reset", {}, "Tool reset not found.")]),
+    (None, '<tool_call>{"name": "say", "arguments"</tool_call>', [BAD]),
+    (None, '<tool_call>{"name": "say", "arguments": {}}', [BAD]),
+    (None, "<tool_call>" + "[" * 100_000 + "</tool_call>", [BAD]),
+    (None, '<tool_call>{"name": ["say"]}</tool_call>', [BAD]),
+    (None, '<tool_call>{"name": "say", "arguments": [1]}</tool_call>', [BAD]),
+    (None, "<tool_call>7</tool_call>" + SAY_YES, [BAD, YES]),
+    (QWEN, "<think>\nHm.\n</think>\n\n" + SAY_YES + "\n" + SAY_NO, [YES, NO]),
+    (QWEN, "Nothing.", []),
+    (QWEN, '<tool_call>{"name"</tool_call>', [BAD]),
+    (LLAMA, '{"name": "say", "parameters": {"text": "yes"}}', [YES]),
 ])  # fmt: skip
-def test_calls_as_hermes_writes_them(text, expected):
-    found = parse_calls(EMBEDDED, "", text + "<|im_end|>", TOOLS)
-    shown = [call._replace(problem=re.sub(r"(?s)(call: ).+", r"\1...", call.problem)) for call in found]
-    assert shown == [Call(*call) for call in expected]
-
-
-LLAMA = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-
-
-@pytest.mark.parametrize(("template", "prefix", "text", "expected"), [
-    (qwen3_template, "<|im_start|>assistant\n", "<think>\nHm.\n</think>\n\n" + hermes("say", text="a") + "\n" + hermes("say", text="b") + "<|im_end|>", ["a", "b"]),
-    (qwen3_template, "<|im_start|>assistant\n", "Nothing.<|im_end|>", []),
-    (qwen3_template, "<|im_start|>assistant\n", '<tool_call>{"name"</tool_call><|im_end|>', ["malformed"]),
-    (llama3_template, LLAMA, '{"name": "say", "parameters": {"text": "a"}}<|eot_id|>', ["a"]),
-])  # fmt: skip
-def test_calls_by_a_response_template(template, prefix, text, expected):
+def test_calls_as_hermes_and_response_templates_have_them(form, text, expected):
     tokenizer = copy.deepcopy(EMBEDDED)
-    tokenizer.response_template = template
-    found = parse_calls(tokenizer, prefix, text, TOOLS)
-    assert [call.arguments.get("text") or call.problem.split()[0] for call in found] == expected
+    tokenizer.response_template, prefix, stop = form or (None, "", "<|im_end|>")
+    found = common.parse_calls(tokenizer, prefix, text + stop, TOOLS)
+    shown = [call._replace(problem=re.sub(r"(?s)(call: ).+", r"\1...", call.problem)) for call in found]
+    assert shown == expected
 
 
 # ---- Environments that behave, and others ----------------------------------------------------------------------------
@@ -323,13 +229,8 @@ def test_calls_by_a_response_template(template, prefix, text, expected):
 
 def test_results_and_errors_reach_the_model(echo):
     wrong = [hermes("go_wrong", how=how) for how in ("raise", "exit", "")]
-    said = [
-        "".join(wrong) + hermes("shout"),
-        hermes("say", words="a"),
-        "<tool_call>{</tool_call>",
-        hermes("go_wrong", how="end"),
-        "never",
-    ]
+    said = ["".join(wrong) + hermes("shout"), hermes("say", words="a"), "<tool_call>{</tool_call>"]
+    said += [hermes("go_wrong", how="end"), "never"]
     groups, engine = play(echo, lambda key, turn: said[turn], num_samples=1)
     (sample,) = groups[0]
     contents = results(sample)
@@ -363,103 +264,50 @@ def test_a_group_has_one_seed_and_one_prompt(echo):
 
 
 def test_what_fails_costs_its_episode(echo):
-    """A reward that is NaN or raises is the reward function's to judge."""
-    write = lambda key, turn: "Done." if turn else hermes("say", text=["nan", "broken"][key[3]])  # noqa: E731
-    groups, engine = play(echo, write, [{"start": "raise"}, {}, {"start": "x " * 700}], max_length=300)
-    assert [{s.failure for s in group} for group in groups] == [
-        {"environment exception"},
-        {""},
-        {"environment prompt too long"},
-    ]
+    """A reward that is NaN is the reward function's to judge."""
+    rows = [{"start": "raise"}, {"reward": 1}, {"start": "x " * 700}]
+    turns = lambda key, turn: "Done." if turn else hermes("say", text=["nan", "broken"][key[3]])  # noqa: E731
+    groups, engine = play(echo, turns, rows, max_length=300)
+    failures = ["exception"] * 2, ["", "exception"], ["prompt too long"] * 2
+    assert [[s.failure.removeprefix("environment ") for s in group] for group in groups] == [*failures]
     assert all(math.isnan(sample.environment_reward) for group in groups for sample in group)
     assert {entry[0][2] for entry in engine.seen} == {1}
     assert echo.problem.endswith("Echo raised no reward")
 
 
-@pytest.mark.parametrize(("how", "failures"), [
-    ("hang", ["", "environment timeout", ""]), ("crash", ["environment crash"] * 3), ("freeze", ["environment crash", "environment timeout", "environment timeout"]),
-])  # fmt: skip
-def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(hasty, how, failures):
-    """Sample 0 waits for its reward meanwhile, sample 2 for a call."""
+@pytest.mark.parametrize("how", ["hang", "crash", "freeze"])
+def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(hasty, how):
+    """A call that hangs costs its episode; a process that dies or hangs costs all that are going on."""
 
     def turns(key, turn):
+        if key[3] == 0:
+            return "At once."  # it only waits for its reward
         return "Done." if turn == 2 else hermes("go_wrong", how=how if (turn, key[3]) == (1, 1) else "")
 
-    first = hasty.process.pid
+    hasty.GRACE, process = 1, hasty.process.pid
     groups, _ = play(hasty, turns, num_samples=3)
-    found = [sample.failure for sample in groups[0]]
-    assert found == (failures if how == "hang" else [found[0], *failures[1:]])
-    assert [s.environment_reward for s in groups[0] if not s.failure] == [0] * found.count("")
+    kind = "environment crash" if how == "crash" else "environment timeout"
+    assert [sample.failure for sample in groups[0]] == ["", kind, "" if how == "hang" else kind]
+    assert [s.environment_reward for s in groups[0] if not s.failure] == [0] * (2 if how == "hang" else 1)
     groups, _ = play(hasty, lambda key, turn: "Done." if turn else hermes("say", text="a"))
     assert [(sample.failure, sample.environment_reward) for sample in groups[0]] == [("", 1), ("", 1)]
-    assert hasty.process.pid != first
+    assert hasty.process.pid != process
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("no_file.py:A", "there is no file"), ("{}:Nothing", "Nothing"), ("{}:NoReset", "it needs a method `reset`"), ("{}:NoTools", "public one that is a tool"),
-    ("{}:NoHints", "Argument x is missing a type hint"), ("{}:NoDocs", "it has no docstring"),
+    ("nowhere.py:A", "there is no file"),
+    ("echo.py:Nothing", "has no attribute 'Nothing'"),
+    ("echo.py:NoReset", "it needs a method `reset`"),
+    ("echo.py:NoTools", "and a public one that is a tool"),
+    ("echo.py:NoHints", "Argument x is missing a type hint"),
+    ("echo.py:NoDocs", "it has no docstring"),
 ])  # fmt: skip
-def test_environments_that_are_none_are_refused(tmp_path, name, message):
-    path = tmp_path / "bad.py"
-    path.write_text(
-        "class NoReset:\n    def f(self):\n        'd'\nclass NoTools:\n    def reset(self): ...\n    def _f(self): ...\n"
-        "class NoHints(NoTools):\n    def f(self, x):\n        'd\\n\\nArgs:\\n    x: d'\nclass NoDocs(NoTools):\n    def f(self, x: int): ...\n"
-    )
+def test_environments_that_are_none_are_refused(name, message):
     with pytest.raises(UserError, match=f"--environment .*{message}"):
-        EnvironmentWorker(name.format(path), 1)
-
-
-# ---- 2048 ------------------------------------------------------------------------------------------------------------
-
-
-def slide_naively(row):
-    made, gain, can_merge = [], 0, False
-    for tile in filter(None, row):
-        can_merge = can_merge and made[-1] == tile
-        if can_merge:
-            made[-1] *= 2
-            gain += made[-1]
-        else:
-            made.append(tile)
-        can_merge = not can_merge
-    return (made + [0] * 4)[:4], gain
-
-
-def test_2048_slides_as_a_naive_loop():
-    rng = random.Random(0)
-    for row in [[2, 2, 2, 2], *([rng.choice([0, 2, 2, 4, 8]) for _ in range(4)] for _ in range(500))]:
-        assert slide(row) == slide_naively(row)
-    assert slide([2, 2, 2, 2]) == ([4, 4, 0, 0], 8)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_2048_plays_to_its_end(seed):
-    game, twin, rng = Game2048(), Game2048(), random.Random(seed)
-    assert game.reset(seed=seed) == twin.reset(seed=seed)
-    while not game.done:
-        before, direction = sum(map(sum, game.board)), rng.choice(["left", "Right ", "up", "down"])
-        said = game.move(direction)
-        assert said == twin.move(direction)
-        assert f"score={game.score}\n" in said
-        assert sum(map(sum, game.board)) - before in (0, 2, 4)  # merging keeps the sum; a new tile adds to it
-    tiles = [tile for row in game.board for tile in row]
-    # A tile of 2^k made of twos is worth (k - 1) 2^k; each four that came as such saves 4.
-    worth = sum((tile.bit_length() - 2) * tile for tile in tiles)
-    assert all(tiles)
-    assert worth >= game.score
-    assert (worth - game.score) % 4 == 0
-    assert game.get_reward() == pytest.approx(math.log(1 + game.score) / math.log(20001))
-    assert 0.4 < game.get_reward() < 1
-    with pytest.raises(ValueError, match="Game over"):
-        game.move("left")
-    twin.done = False
-    with pytest.raises(ValueError, match="must be left, right, up or down"):
-        twin.move("north")
+        EnvironmentWorker(str(ASSETS / name), 1)
 
 
 # ---- Whole runs ------------------------------------------------------------------------------------------------------
-
-CALCULATOR = f"{ASSETS / 'calculator.py'}:Calculator"
 
 
 def train(output_dir, rows, **flags):
@@ -484,7 +332,7 @@ def scripted(monkeypatch, turns):
         groups = script.generate(*arguments)
         for (sample,) in groups:
             ids, sample.versions = np.array(sample.prompt_ids + sample.ids), [self.version] * len(sample.ids)
-            batch = collate([(ids, np.arange(len(ids)) >= len(sample.prompt_ids))])
+            batch = common.collate([(ids, np.arange(len(ids)) >= len(sample.prompt_ids))])
             logits = self.model(torch.tensor(ids)[None]).logits[0, batch.positions_N].log_softmax(-1)
             sample.logps = logits.gather(1, batch.labels_N[:, None])[:, 0].tolist()
         return groups
@@ -529,14 +377,13 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
-    (tmp_path / "echo.py").write_text(ECHO)
     (tmp_path / "r.py").write_text(
         "def r(completions, **_):\n    return [len(c[-1]['content']) for c in completions]\n"
     )
     scripted(
         monkeypatch, lambda key, turn: hermes("go_wrong", how="hang") if key[3] == 3 else "nan"[key[3] :]
     )
-    flags = {"environment": f"{tmp_path / 'echo.py'}:Echo", "reward_timeout": 1.0, "max_steps": 1}
+    flags = {"environment": ECHO, "reward_timeout": 1.0, "max_steps": 1}
     flags |= {"max_completion_length": 200, "rewards": ("environment", f"{tmp_path / 'r.py'}:r")}
     (row,), said = train(tmp_path / "runs", prompts(2), **flags)
     assert row["failed_rewards"] == 2
