@@ -3,16 +3,16 @@
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, SHORT, read_metrics, write_rows
+from conftest import ASSETS, train, write_rows
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -199,7 +199,7 @@ def scores_of(model, path, prompts, completions):
 def judge(tmp_path_factory):
     """final/ of reward_model.py after three steps, and that model as transformers loads it."""
     run = tmp_path_factory.mktemp("judge") / "run"
-    rm.main(replace(rm.Args(output_dir=str(run)), **SHORT, learning_rate=1e-2))
+    train(rm, run, learning_rate=1e-2)
     return str(run / "final"), AutoModelForSequenceClassification.from_pretrained(run / "final").eval()
 
 
@@ -227,6 +227,7 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
         loading = lambda *a, **k: (lambda model, info: (dynamic(model), info))(*load(*a, **k))  # noqa: E731
         monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", loading)
     monkeypatch.setattr(common, "split_batch", lambda *args: packings.add(args[3]) or split(*args))
+    common.load_judge.cache_clear()
     reward = load_reward(f"reward-model:{path}")
     assert reward(prompts=prompts, completions=said, answer=None) == pytest.approx(expected, abs=1e-5)
     values = reward(prompts=["1+1=", "1+1=", "1 " * 5000], completions=["2", "", "2"])
@@ -251,13 +252,14 @@ def test_reward_model_that_leaks_between_rows_scores_each_alone(tmp_path):
 
 # ---- Names, columns, runs --------------------------------------------------------------------------------------------
 
-KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, format, environment, cosine, json-schema, overlong, regex, repetition, reward-model"
+KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, environment, format, json-schema, overlong, regex, repetition, "
+KNOWN += "reward-model"
 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("nowhere.py:f", f"--rewards nowhere.py:f: .*there is no file.* {KNOWN}"),
     ("accurate", f"--rewards accurate: .*there is no file.* {KNOWN}"),
-    ("accuracy:1", KNOWN),
+    ("accuracy:1", f"--rewards accuracy:1: .*takes no argument.* {KNOWN}"),
     ("{}:missing", "has no attribute 'missing'"),
     ("{}.bad.py:f", "SyntaxError"),
     ("regex:(", r"--rewards regex:\(: .*missing \)"),
@@ -281,10 +283,10 @@ def test_rewards_that_do_not_exist_are_refused(bad_rewards, name, message):
 @pytest.mark.parametrize(("names", "rows", "message"), [
     (["accuracy", "cosine"], [{"question": "a", "answer": None}, {"solution": 3}], None),
     (["format", "regex:a"], [{"question": "a"}], None),
-    (["format", "accuracy"], [{"question": "a", "answer": None}], "--rewards accuracy needs a column `answer` or `solution`; the data has .*'question'"),
-    (["cosine"], [{}], "--rewards cosine needs"),
-    (["format"], [{"answer": "1"}, {"prompts": "x"}], "a column `prompts`"),
-    (["format"], [{"completions": "x"}], "a column `completions`"),
+    (["format", "accuracy"], [{"question": "a", "answer": None}], "need a column `answer` or `solution`; the data has .*'question'"),
+    (["cosine"], [{}], "need a column"),
+    (["format"], [{"answer": "1"}, {"prompts": "x"}], "rename these columns"),
+    (["format"], [{"completions": "x"}], "rename these columns"),
 ])  # fmt: skip
 def test_columns_that_rewards_need(names, rows, message):
     rows = [json.dumps(row) for row in rows]
@@ -295,27 +297,15 @@ def test_columns_that_rewards_need(names, rows, message):
 
 
 def test_a_run_without_the_column_is_refused(tmp_path):
-    data = (write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "label": "2"}]),)
-    args = replace(grpo.Args(output_dir=str(tmp_path / "run")), eval_dataset=(), dataset=data)
-    with pytest.raises(
-        UserError, match="--rewards accuracy needs a column `answer` or `solution`; the data has .*label"
-    ):
-        grpo.main(args)
+    data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "label": "2"}])
+    with pytest.raises(UserError, match=r"need a column `answer` or `solution`; the data has .*label"):
+        train(grpo, tmp_path / "run", dataset=(data,))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_several_rewards(tmp_path):
     rewards = ("accuracy", "overlong:8", "cosine", "repetition:2", "regex:[0-9]+")
-    grpo.main(
-        replace(
-            grpo.Args(output_dir=str(tmp_path)),
-            rewards=rewards,
-            eval_dataset=(),
-            wandb="disabled",
-            max_steps=1,
-        )
-    )
-    (row,) = read_metrics(tmp_path)
+    (row,) = train(grpo, tmp_path, rewards=rewards, batch_size=64, max_steps=1)
     assert row["failed_rewards"] == 0
     means = {name: row[f"rewards/{name}/mean"] for name in rewards}
     assert row["reward"] == pytest.approx(sum(means.values()))
@@ -375,50 +365,29 @@ def bad_rewards(tmp_path):
 
 
 def judged(worker, texts, **columns):
-    """-> rewards, failures, and the Counter of failures of completions."""
+    """Judge completions -> rewards, and failures without the reward's name."""
     samples = [Sample([1], [1] * len(text), raw_prompt="p", raw_completion=text) for text in texts]
-    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    failures = worker(rows or [{}] * len(texts), samples)
-    return [sample.rewards for sample in samples], [sample.failure for sample in samples], failures
+    rows = [{name: values[place] for name, values in columns.items()} for place in range(len(texts))]
+    worker(rows, samples)
+    return [s.rewards for s in samples], [re.sub(r"^.*:\w+: ", "", s.failure) for s in samples]
 
 
 def test_rewards_that_fail_cost_only_the_samples_to_blame(bad_rewards):
-    """Each sample counts once, however many rewards fail on it."""
-    worker = RewardWorker(
-        [f"{bad_rewards}:{name}" for name in ("good", "bad", "slow_but_right", "bad")], 1.0, 64
-    )
+    """Each sample has one failure, however many rewards fail on it."""
+    names = [f"{bad_rewards}:{name}" for name in ("good", "bad", "slow_but_right", "bad")]
+    worker = RewardWorker(names, 1.0, 64)
     process = worker.process.pid
     try:
         said = ["fine", "hang", "crash", "raise", "nan", "none", "inf", "count", "also fine"]
-        rewards, failures, counts = judged(worker, said, bonus=range(9))
-        assert failures == [
-            "",
-            "timeout",
-            "crash",
-            "exception",
-            "not finite",
-            "",
-            "not finite",
-            "exception",
-            "",
-        ]
-        assert counts == {"timeout": 1, "crash": 1, "exception": 2, "not finite": 2}
-        assert (
-            worker.problem
-            == f"{bad_rewards}:bad raised TypeError('it returned [0.5, 0.0]; it must be a list, a number for each completion')"
-        )
-        for place in (0, 5, 8):
-            expected = [len(said[place]) + place, 0.5, 1, 0.5]
-            np.testing.assert_array_equal(
-                rewards[place], [np.nan if x == 0.5 and place == 5 else x for x in expected]
-            )
+        rewards, failures = judged(worker, said, bonus=range(9))
+        too_many = "TypeError('it returned [0.5, 0.0]; it must be a list, a number for each completion')"
+        expected = ["", "timeout", "crash", "RuntimeError('no')", "nan", "", "inf", too_many, ""]
+        assert failures == expected
+        assert rewards[0] == [4 + 0, 0.5, 1, 0.5]
+        assert rewards[8] == [9 + 8, 0.5, 1, 0.5]
+        np.testing.assert_array_equal(rewards[5], [4 + 5, np.nan, 1, np.nan])  # None is no failure
         assert np.isnan([rewards[place] for place in (1, 2, 3, 4, 6, 7)]).all()
-        assert judged(worker, ["hang"]) == (
-            [[pytest.approx(math.nan, nan_ok=True)] * 4],
-            ["exception"],
-            {"exception": 1},
-        )
-        assert "missing 1 required positional argument: 'bonus'" in worker.problem
+        assert "missing 1 required positional argument: 'bonus'" in judged(worker, ["fine"])[1][0]
         assert worker.process.pid != process
     finally:
         worker.stop()
@@ -429,7 +398,7 @@ def test_a_reward_that_always_hangs_ends_soon(bad_rewards):
     worker = RewardWorker([f"{bad_rewards}:hangs"], 0.05, 64)
     try:
         began = time.perf_counter()
-        assert judged(worker, ["x"] * 300)[2] == {"timeout": 300}
+        assert judged(worker, ["x"] * 300)[1] == ["timeout"] * 300
         assert time.perf_counter() - began < 10  # 15 seconds of deadlines alone, else
     finally:
         worker.stop()
@@ -438,9 +407,7 @@ def test_a_reward_that_always_hangs_ends_soon(bad_rewards):
 def test_rewards_that_start_processes_or_return_no_list(bad_rewards):
     worker = RewardWorker([f"{bad_rewards}:has_processes", f"{bad_rewards}:mapping"], 10.0, 64)
     try:
-        rewards, failures, _ = judged(worker, ["four", "three"])
-        assert failures == ["exception"] * 2
-        assert "returned {0: 1.0}" in worker.problem
+        assert "returned {0: 1.0}" in judged(worker, ["four"])[1][0]
         assert worker.ask((0, {"completions": ["four", "three"]}), 10.0) == ("ok", [4, 5])
     finally:
         worker.stop()
@@ -451,8 +418,8 @@ def test_a_formula_that_never_ends_costs_one_sample_and_its_deadline():
     try:
         worker.ask((0, {"completions": ["x^2"], "answer": ["y^2"]}), 60.0)  # imports math-verify
         said = ["42", r"\boxed{9^{9^{9^{9}}}}", "$42$", "43"]
-        rewards, failures, _ = judged(worker, said, answer=["42"] * 4)
-        assert failures == ["", "timeout", "", ""]
+        rewards, failures = judged(worker, said, answer=["42"] * 4)
+        assert failures == ["", "accuracy: timeout", "", ""]
         assert [row[0] for row in rewards if row[0] == row[0]] == [1, 1, 0]
     finally:
         worker.stop()
