@@ -27,7 +27,10 @@ from common import (
 
 EMBEDDED = load_tokenizer(ASSETS / "model")
 SFT = functools.partial(encode_sft, tokenizer=EMBEDDED, vocab_size=512), SFT_FEATURES
-PAIRS = functools.partial(encode_preference, tokenizer=EMBEDDED, vocab_size=512), PREFERENCE_FEATURES
+PAIRS = (
+    functools.partial(encode_preference, tokenizer=EMBEDDED, rankings=True, vocab_size=512),
+    PREFERENCE_FEATURES,
+)
 PROMPTS = functools.partial(encode_prompt, tokenizer=EMBEDDED, vocab_size=512), PROMPT_FEATURES
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 ASKED = GOOD["messages"][:1]
@@ -97,7 +100,7 @@ SIDES = {  # a row of preferences -> the message
 ASKS = {  # a row of prompts -> the message
     "no prompt": ({"question": "a"}, r"the row has the columns \['question'\]; it needs a prompt"),
     "an empty prompt": ({"prompt": ""}, r"it needs a prompt, not empty"),
-    "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message; remove it: that is for the model to write"),
+    "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message: that is for the model to write; remove it"),
     "a prompt is a number": ({"prompt": 5}, r"`prompt` is 5; it must be str \| list\[dict\]"),
 }  # fmt: skip
 CASES = [(SFT, *case) for case in ROWS.items()] + [(PAIRS, *case) for case in SIDES.items()] + [(PROMPTS, *case) for case in ASKS.items()]  # fmt: skip
@@ -233,7 +236,7 @@ def test_models_that_cannot_be_used(tmp_path):
     for flags, expected in (
         ({"model": str(tmp_path / "large"), "dataset": (rows,)}, r"row 2 of .*: its ids are \d+ to 512, the model has 512"),
         ({"model": str(tmp_path / "no_template")}, r"no chat template; give one by --chat-template"),
-        ({"model": str(tmp_path / "gptj")}, r"--model .*gptj, --attention varlen: "),
+        ({"model": str(tmp_path / "gptj")}, r"--model .*gptj.* --attention varlen: "),
     ):  # fmt: skip
         message = message_of(tmp_path, **flags)
         assert re.search(expected, message), message
@@ -248,7 +251,7 @@ def test_an_output_directory_that_holds_another_run(tmp_path):
     assert before
     for change, expected in (
         ({}, r"--output-dir .* holds a run; add --resume, or name another"),
-        ({"resume": True, "learning_rate": 0.5, "seed": 3}, r"begun differently: --learning-rate was 0.001, is 0.5; --seed was 0, is 3"),
+        ({"resume": True, "learning_rate": 0.5, "seed": 3}, r"begun differently: --learning.rate was 0.001, is 0.5; --seed was 0, is 3"),
         ({"resume": True}, r"begun differently: the rows of --dataset have changed"),
     ):  # fmt: skip
         if change == {"resume": True}:  # as many rows and tokens, another answer

@@ -324,7 +324,7 @@ DROPPED = {  # encoder, row, the reason
     "identical sides": (encode_preference, {**ASKED, "rejected": "yes"}, "identical sides"),
     "an empty side": (encode_preference, {**ASKED, "rejected": ""}, "an empty side"),
     "a side without messages": (encode_preference, {"prompt": TWO[:1], "chosen": [], "rejected": "a"}, "an empty side"),
-    "ties": (encode_preference, {"completions": ["a", "b"], "scores": [1, 1]}, "all completions tie"),
+    "ties": (functools.partial(encode_preference, rankings=True), {"completions": ["a", "b"], "scores": [1, 1]}, "all completions tie"),
     "a long prompt": (encode_prompt, {"prompt": "7" * 100}, "longer than the 50 tokens left for a prompt"),
     "no prompt": (functools.partial(common.encode_distillation, room=10), {"text": "abc"}, "without a prompt that could be answered"),
 }  # fmt: skip
