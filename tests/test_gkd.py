@@ -1,408 +1,193 @@
-"""Distillation: divergences against whole logits and TRL, tokenizers, teachers, invariance, resume, and learning."""
+"""gkd.py: divergences against whole logits and TRL, tokenizers, teachers, any split of the work, resume, learning."""
 
-import copy
-import functools
 import itertools
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
-from contextlib import nullcontext as nothing
-from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    ASSETS,
-    ROOT,
-    assert_same_curve,
-    command,
-    flags_of,
-    read_metrics,
-    run,
-    weights,
-    write_rows,
-)
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from conftest import ASSETS, assert_same_curve, flags_of, read_metrics, run, weights, write_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
 from trl.experimental.gkd import GKDTrainer
 
 import gkd
-from common import (
-    EngineError,
-    ServerNeeds,
-    UserError,
-    VLLMServer,
-    collate,
-    encode_distillation,
-    load_tokenizer,
-)
-from gkd import ChunkedDivergence, Head, HeadInputs, Scores
+from common import EngineError, HFEngine, Sample, UserError, collate, encode_distillation, load_tokenizer
 
-TEACHER = str(ASSETS / "teacher")
-URL = "http://127.0.0.1:9"  # where nobody listens
-CHECK = gkd.TeacherServer.check
-BETAS = [0, 0.1, 0.5, 1]
-needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM: see the README's first lines")
+MODEL, TEACHER, URL = str(ASSETS / "model"), str(ASSETS / "teacher"), "http://127.0.0.1:9"  # nobody is there
+ROWS = (ASSETS / "messages.jsonl").read_text().splitlines(keepends=True)
+BETAS = [0.0, 0.1, 0.5, 1.0]
 
 
 def train(output_dir, **flags):
     """Run gkd.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
-    short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "max_steps": 3}
-    gkd.main(replace(gkd.Args(output_dir=str(output_dir)), **{**short, **flags}))
+    short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "max_steps": 3, "max_length": 100}
+    gkd.main(gkd.Args(output_dir=str(output_dir), **{**short, **flags}))
     return metrics_of(output_dir)
 
 
 def metrics_of(output_dir):
-    return [
-        {key: value for key, value in row.items() if key != "generate_seconds"}
-        for row in read_metrics(output_dir)
-    ]
+    return [{k: v for k, v in row.items() if k != "generate_seconds"} for row in read_metrics(output_dir)]
 
 
-# ---- Divergences -----------------------------------------------------------------------------------------------------
+def answers_of(output_dir):
+    return [json.loads(line) for line in (output_dir / "completions.jsonl").read_text().splitlines()]
 
 
-def kl(p, q):
-    """Of two distributions, the terms one by one."""
-    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+def rows_file(path, n):
+    """A data file of the first n conversations, as --dataset takes it."""
+    path.write_text("".join(ROWS[:n]))
+    return (str(path),)
 
 
-def test_the_ends_and_the_middle_by_hand():
-    """On two tokens, from the definition."""
-    p, q, beta = [0.9, 0.1], [0.4, 0.6], 0.3  # student, teacher
-    logps, teacher_logps = (torch.tensor([x], dtype=torch.float64).log() for x in (p, q))
-    mixture = [(1 - beta) * a + beta * b for a, b in zip(p, q, strict=True)]
-    for weight, expected in (
-        (0, kl(q, p)), (1, kl(p, q)), (beta, beta * kl(q, mixture) + (1 - beta) * kl(p, mixture)),
-    ):  # fmt: skip
-        value, _ = gkd.divergence(logps, logps.exp(), teacher_logps, teacher_logps.exp(), weight)
-        assert value.item() == pytest.approx(expected)
-
-
-def whole_logits(hidden, weight, bias, head):
-    logits = (hidden @ weight.T + (0 if bias is None else bias)) * head.scale
-    if head.softcap:
-        logits = head.softcap * torch.tanh(logits / head.softcap)
-    return (logits / head.temperature).log_softmax(-1)
-
-
-def naive(logps, teacher_logps, beta, k=0):
-    """Divergence of each position from whole distributions in float64; autograd gives the gradient. k: of the
-    teacher's likeliest k tokens, chosen one row at a time, and the sum of the others."""
+def naive(logps, teacher_logps, loss_type, beta, k, labels):
+    """Loss at each position from whole distributions; k: of the teacher's likeliest, chosen one row at a time."""
+    if loss_type == "sampled":
+        ours, theirs = (x.gather(1, labels[:, None])[:, 0] for x in (logps, teacher_logps))
+        return (ours - theirs).detach() * ours
     if k:
-        pairs = []
-        for own, theirs in zip(logps, teacher_logps, strict=True):
-            best = set(sorted(range(len(theirs)), key=lambda i, theirs=theirs: -theirs[i].item())[:k])
-            rest = [i for i in range(len(theirs)) if i not in best]
-            pairs.append([
-                torch.cat([x[sorted(best)], x[rest].exp().sum().log()[None]]) for x in (own, theirs)
-            ])  # fmt: skip
-        logps, teacher_logps = (torch.stack(side) for side in zip(*pairs, strict=True))
+        rows = []
+        for pair in zip(logps, teacher_logps, strict=True):
+            order = sorted(range(len(pair[1])), key=lambda i, pair=pair: -pair[1][i].item())
+            rows.append([torch.cat([x[order[:k]], x[order[k:]].exp().sum().log()[None]]) for x in pair])
+        logps, teacher_logps = (torch.stack(side) for side in zip(*rows, strict=True))
     p, q = logps.exp(), teacher_logps.exp()
-    if beta == 0:
-        return (q * (teacher_logps - logps)).sum(-1)
-    if beta == 1:
-        return (p * (logps - teacher_logps)).sum(-1)
-    m = (1 - beta) * p + beta * q
-    return (beta * q * (teacher_logps - m.log()) + (1 - beta) * p * (logps - m.log())).sum(-1)
+    if beta in (0, 1):
+        return (q * (teacher_logps - logps) if beta == 0 else p * (logps - teacher_logps)).sum(-1)
+    m = ((1 - beta) * p + beta * q).log()
+    return (beta * q * (teacher_logps - m) + (1 - beta) * p * (logps - m)).sum(-1)
 
 
-HEADS = {
-    "plain": (Head(1.0, 0.0, 1.0), Head(1.0, 0.0, 1.0), False),
-    "warm": (Head(1.0, 0.0, 1.7), Head(1.0, 0.0, 1.7), True),
-    "cool, soft-capped student": (Head(0.5, 2.0, 0.6), Head(1.0, 0.0, 0.6), True),
-    "scaled teacher": (Head(1.0, 0.0, 2.0), Head(0.25, 3.0, 2.0), False),
-}
+def tiny(config_class, vocab, hidden, seed, **options):
+    torch.manual_seed(seed)
+    options |= {"vocab_size": vocab, "hidden_size": hidden, "intermediate_size": 32, "num_hidden_layers": 1}
+    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    config = config_class(attn_implementation="eager", tie_word_embeddings=False, **options)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 30  # so that the distributions have peaks
+    model.head_inputs = MethodType(gkd.head_inputs, model)
+    return model
 
 
-def make_heads(n=23, vocab=50, d=16, e=12):
+# ---- Divergences: against whole logits, the definition and TRL ---------------------------------------------
+
+TERMS = [("jsd", beta, k) for beta in BETAS for k in (0, 5)] + [("sampled", 0.5, 0)]
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_losses_and_gradients_equal_those_of_whole_logits_in_float64(terms, monkeypatch):
+    """With heads that scale and cap, of different sizes; in one chunk or several; and as a server's scores."""
+    student = tiny(Gemma2Config, 97, 24, 0, final_logit_softcapping=3.0)
+    teacher = tiny(Cohere2Config, 90, 32, 1, logit_scale=0.25)
+    (loss_type, beta, k), ids = terms, np.random.default_rng(0).integers(3, 90, 24)
+    batch, close = collate([(ids, np.arange(24) >= 4)]), {"rtol": 1e-3, "atol": 3e-4}
+    for temperature, chunk, is_served in [(0.7, 10**9, 0), (0.7, 7 * 97, 0), (1.0, 7 * 97, 1)]:
+        if is_served and loss_type == "jsd" and not k:
+            continue
+        both = [model(torch.from_numpy(ids)[None]).logits[0, 3:-1, :90] for model in (student, teacher)]
+        logps, teacher_logps = ((logits.double() / temperature).log_softmax(-1) for logits in both)
+        losses = naive(logps, teacher_logps.detach(), loss_type, beta, k, batch.labels_N)
+        expected = torch.autograd.grad(losses.sum(), list(student.parameters()))
+        top, top_ids = teacher_logps.detach().topk(k or 1)
+        buckets = torch.cat([top, (1 - top.exp().sum(1, keepdim=True)).log()], 1)
+        label_logps = teacher_logps.detach().gather(1, batch.labels_N[:, None])[:, 0]
+        scores = (buckets.float(), top_ids, label_logps.float()) if is_served else None
+
+        monkeypatch.setattr(gkd.ChunkedLoss, "ELEMENTS", (chunk, chunk))
+        args = gkd.Args(temperature=temperature, loss_type=loss_type, beta=beta, teacher_top_k=k)
+        sums = gkd.distill(student, None if is_served else teacher, scores, batch, 90, args)
+        found = torch.autograd.grad(0.3 * sums[0], list(student.parameters()))
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, 0.3 * b, **close)
+        entropies = [-(x.exp() * x).sum() for x in (logps, buckets if is_served else teacher_logps)]
+        agreement = (logps.argmax(-1) == teacher_logps.argmax(-1)).sum().double()
+        value = (logps.gather(1, batch.labels_N[:, None])[:, 0] - label_logps).sum()
+        value = value if loss_type == "sampled" else losses.sum()
+        expected = torch.stack([losses.sum(), value, entropies[0], agreement, entropies[1]])
+        torch.testing.assert_close(sums, expected, **close)
+
+
+def test_divergence_by_hand_and_of_trl():
+    """On two tokens; and TRL's generalized_jsd_loss, at the temperature that its trainer does not give to it."""
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ([0.9, 0.1], [0.4, 0.6]))
+    assert gkd.divergence(p, q, 0).item() == pytest.approx(0.4 * math.log(0.4 / 0.9) + 0.6 * math.log(6))
+    assert gkd.divergence(p, q, 1).item() == pytest.approx(0.9 * math.log(0.9 / 0.4) - 0.1 * math.log(6))
+    buckets = gkd.to_buckets(torch.tensor([[0.5, 0.3, 0.1, 0.1]]).log(), torch.tensor([[1, 0]])).exp()
+    torch.testing.assert_close(buckets, torch.tensor([[0.3, 0.5, 0.2]]))
     torch.manual_seed(0)
-    double = {"dtype": torch.float64}
-    student = [torch.randn(n, d, **double), torch.randn(vocab, d, **double) / 2, torch.randn(vocab, **double)]
-    teacher = [torch.randn(n, e, **double), torch.randn(vocab, e, **double) / 2, torch.randn(vocab, **double)]
-    return student, teacher, torch.randint(vocab, (n,))
+    logits = torch.randn(2, 1, 20, 31, dtype=torch.float64)
+    labels = torch.zeros(1, 20, dtype=torch.long).index_fill(1, torch.arange(5), -100)
+    for beta in BETAS:
+        expected = GKDTrainer.generalized_jsd_loss(*logits, labels=labels, beta=beta, temperature=1.3)
+        found = gkd.divergence(*(logits[:, 0, 5:] / 1.3).log_softmax(-1), beta)
+        assert found.mean().item() == pytest.approx(expected.item())
 
 
-@pytest.mark.parametrize("chunk", [7 * 50, 10**9])
-@pytest.mark.parametrize("k", [0, 5])
-@pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("beta", BETAS)
-def test_chunked_divergence_equals_whole_logits(beta, name, k, chunk, monkeypatch):
-    """Value, gradients, entropies and agreement; the models' hidden sizes and heads differ."""
-    monkeypatch.setattr(ChunkedDivergence, "CHUNK_ELEMENTS", (chunk, chunk))
-    head, teacher_head, with_bias = HEADS[name]
-    student, teacher, labels = make_heads()
-    exact = [tensor.clone().requires_grad_() for tensor in student]
-    logps = whole_logits(*exact[:2], exact[2] if with_bias else None, head)
-    teacher_logps = whole_logits(*teacher[:2], None, teacher_head)
-    expected = naive(logps, teacher_logps, beta, k)
-    (0.3 * expected.sum()).backward()
-
-    ours = [tensor.float().requires_grad_() for tensor in student]
-    states = HeadInputs(teacher[0].float(), teacher[1].float(), None, teacher_head)
-    given = *ours[:2], ours[2] if with_bias else None, labels, head, states, ("jsd", beta, k)
-    loss, divergence_N, entropy_N, teacher_entropy_N, agrees_N = ChunkedDivergence.apply(*given)
-    (0.3 * loss).backward()
-    close = {"rtol": 1e-4, "atol": 2e-5}
-    torch.testing.assert_close(divergence_N.double(), expected, **close)
-    torch.testing.assert_close(loss.double(), expected.sum(), **close)
-    for found, other in zip(ours[: 2 + with_bias], exact, strict=False):
-        torch.testing.assert_close(found.grad.double(), other.grad, **close)
-        assert found.grad.abs().max() > 1e-4
-    for found, of in ((entropy_N, logps), (teacher_entropy_N, teacher_logps)):
-        torch.testing.assert_close(found.double(), -(of.exp() * of).sum(-1), **close)
-    assert agrees_N.tolist() == (logps.argmax(-1) == teacher_logps.argmax(-1)).float().tolist()
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_top_k_of_all_tokens_without_the_rest_is_the_whole(beta):
-    torch.manual_seed(0)
-    logps, teacher_logps = torch.randn(2, 9, 31, dtype=torch.float64).log_softmax(-1)
-    top_logps, ids = teacher_logps.topk(31)
-    found = gkd.top_k_divergence(logps, top_logps, top_logps.exp(), ids, beta)
-    whole = gkd.divergence(logps, logps.exp(), teacher_logps, teacher_logps.exp(), beta)
-    for a, b in zip(found, whole, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_buckets_never_say_more_than_tokens(beta):
-    """The data processing inequality, and more with every further token."""
+def test_bounds_of_divergences():
+    """Buckets never say more than tokens; nothing is away from itself; extreme logits give finite numbers."""
     torch.manual_seed(0)
     logps, teacher_logps = (2 * torch.randn(2, 40, 31, dtype=torch.float64)).log_softmax(-1)
-    whole, values = naive(logps, teacher_logps, beta), []
-    for k in (1, 3, 10, 30):
-        top_logps, ids = teacher_logps.topk(k)
-        rest = (1 - top_logps.exp().sum(1, keepdim=True)).log()
-        buckets = torch.cat([top_logps, rest], 1)
-        values.append(gkd.top_k_divergence(logps, buckets, buckets.exp(), ids, beta)[0])
-    for less, more in zip(values, [*values[1:], whole], strict=True):
-        assert (less <= more + 1e-9).all()
-
-
-def test_extreme_logits_give_finite_losses_and_gradients():
-    """Probabilities that float32 cannot hold: 0 times the log of 0 must not come up."""
-    hidden = torch.tensor([[300.0], [-300.0], [0.0]], requires_grad=True)
-    weight, teacher_weight = torch.tensor([[1.0], [-1.0], [0.5]]), torch.tensor([[-1.0], [1.0], [0.2]])
+    far = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
     for beta in BETAS:
-        for k in (0, 1):
-            states = HeadInputs(hidden.detach(), teacher_weight, None, Head(1, 0, 1))
-            given = hidden, weight, None, torch.zeros(3).long(), Head(1, 0, 1), states, ("jsd", beta, k)
-            loss = ChunkedDivergence.apply(*given)[0]
-            assert loss.isfinite(), (beta, k)
-            assert torch.autograd.grad(loss, hidden)[0].isfinite().all(), (beta, k)
+        tops = [teacher_logps.topk(k).indices for k in (1, 3, 10, 30)]
+        pairs = [[gkd.to_buckets(x, top) for x in (logps, teacher_logps)] for top in tops]
+        values = [gkd.divergence(*pair, beta) for pair in [*pairs, (logps, teacher_logps)]]
+        assert all((less <= more + 1e-9).all() for less, more in itertools.pairwise(values))
+        assert gkd.divergence(logps, logps, beta).abs().max() < 1e-12
+        value = gkd.divergence(far.log_softmax(-1), (-far.detach()).log_softmax(-1), beta)
+        assert value.isfinite().all()
+        assert torch.autograd.grad(value.sum(), far)[0].isfinite().all()
 
 
-def test_a_models_divergence_from_itself_is_zero():
-    (hidden, weight, bias), _, labels = make_heads()
-    hidden = hidden.float().requires_grad_()
-    states = HeadInputs(hidden.detach(), weight.float(), bias.float(), Head(1, 0, 1))
-    for beta in BETAS:
-        given = hidden, weight.float(), bias.float(), labels, Head(1, 0, 1), states, ("jsd", beta, 0)
-        loss = ChunkedDivergence.apply(*given)[0]
-        assert loss.item() == pytest.approx(0, abs=1e-4)
-        assert torch.autograd.grad(loss, hidden)[0].abs().max() < 1e-5
-
-
-def test_sampled_losses_have_in_expectation_the_reverse_kls_gradient():
-    """Over all tokens, weighed by the student's probability; the estimate itself, differentiated, has none."""
+def test_sampled_losses_have_in_expectation_the_gradient_of_the_reverse_kl():
+    """Over all tokens, weighed by the student's probability; the log-ratio itself, differentiated, has none."""
     torch.manual_seed(0)
     logits = torch.randn(7, dtype=torch.float64, requires_grad=True)
-    teacher_logps = torch.randn(7, dtype=torch.float64).log_softmax(-1)
-    logps = logits.log_softmax(-1)
-    exact = (logps.exp() * (logps - teacher_logps)).sum()
-    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
-    estimate = (logps.exp().detach() * (logps - teacher_logps)).sum()
-    (useless,) = torch.autograd.grad(estimate, logits)
-    assert useless.abs().max() < 1e-12
-    own = logps.detach().expand(7, 7)
-    labels = torch.arange(7)[:, None]
-    given = own, own.exp(), labels, teacher_logps.expand(7, 7).gather(1, labels)
-    loss, value, grad = gkd.sampled_reverse_kl(*given)
-    torch.testing.assert_close(own[0].exp() @ grad, expected)
-    assert (own[0].exp() @ value).item() == pytest.approx(exact.item())
-    # The gradient is that of the loss with its advantage held.
-    free = own.clone().requires_grad_()
-    held = ((own - teacher_logps).gather(1, labels) * free.log_softmax(-1).gather(1, labels)).squeeze(1)
-    torch.testing.assert_close(loss, held.detach())
-    torch.testing.assert_close(grad, torch.autograd.grad(held.sum(), free)[0])
+    logps, teacher_logps = logits.log_softmax(-1), torch.randn(7, dtype=torch.float64).log_softmax(-1)
+    kl, ratio = ((x * (logps - teacher_logps)).sum() for x in (logps.exp(), logps.exp().detach()))
+    assert torch.autograd.grad(ratio, logits, retain_graph=True)[0].abs().max() < 1e-12
+    whole, probs = teacher_logps.expand(7, 7), logps.detach().exp()
+    inputs = logits.expand(7, 7), torch.arange(7), whole, teacher_logps, None, "sampled", 0.5
+    losses, values, *_ = gkd.distillation_terms(*inputs)
+    found, expected = (torch.autograd.grad(x, logits)[0] for x in ((probs * losses).sum(), kl))
+    torch.testing.assert_close(found, expected)
+    assert (probs * values).sum().item() == pytest.approx(kl.item())
 
 
-def test_the_sampled_loss_through_the_chunks(monkeypatch):
-    monkeypatch.setattr(ChunkedDivergence, "CHUNK_ELEMENTS", (7 * 50, 7 * 50))
-    student, teacher, labels = make_heads()
-    exact = [tensor.clone().requires_grad_() for tensor in student[:2]]
-    head = Head(1, 0, 1.3)
-    logps = whole_logits(*exact, None, head).gather(1, labels[:, None])
-    teacher_logps = whole_logits(*teacher[:2], None, head).gather(1, labels[:, None])
-    expected = -((teacher_logps - logps).detach() * logps).sum()
-    expected.backward()
-    ours = [tensor.float().requires_grad_() for tensor in student[:2]]
-    states = HeadInputs(teacher[0].float(), teacher[1].float(), None, head)
-    stats = ChunkedDivergence.apply(*ours, None, labels, head, states, ("sampled", 0.5, 0))
-    stats[0].backward()
-    torch.testing.assert_close(stats[0].double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(
-        stats[1].double(), (logps - teacher_logps).detach()[:, 0], rtol=1e-4, atol=1e-5
-    )
-    for found, other in zip(ours, exact, strict=True):
-        torch.testing.assert_close(found.grad.double(), other.grad, rtol=1e-4, atol=1e-4)
+def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch):
+    monkeypatch.setattr(gkd.ChunkedLoss, "ELEMENTS", (2**12, 2**12))
+    student, teacher = tiny(Gemma2Config, 2000, 8, 0), tiny(Gemma2Config, 2000, 8, 1)
+    batch = collate([(np.random.default_rng(0).integers(3, 2000, 200), np.ones(200, bool))])
+    sizes = []
 
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            outputs = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in torch.utils._pytree.tree_leaves(outputs) if torch.is_tensor(x))
+            return outputs
 
-@pytest.mark.parametrize("mode", [("jsd", 0, 5), ("jsd", 0.5, 5), ("jsd", 1, 5), ("sampled", 0.5, 0)])
-def test_scores_of_a_server_train_as_the_model_does(mode):
-    """The same numbers by the other way in: likeliest tokens, their log-probs and the label's."""
-    student, teacher, labels = make_heads()
-    head, k = Head(1, 0, 1), mode[2] or 1
-    states = HeadInputs(teacher[0].float(), teacher[1].float(), None, head)
-    teacher_logps = whole_logits(*teacher[:2], None, head)
-    top_logps, ids = teacher_logps.topk(k)
-    rest = (1 - top_logps.exp().sum(1, keepdim=True)).log()
-    label_logps = teacher_logps.gather(1, labels[:, None])[:, 0]
-    scores = Scores(torch.cat([top_logps, rest], 1).float(), ids, label_logps.float())
-    results = []
-    for given in (states, scores):
-        ours = [tensor.float().requires_grad_() for tensor in student[:2]]
-        loss, *stats = ChunkedDivergence.apply(*ours, None, labels, head, given, mode)
-        loss.backward()
-        results.append([loss, stats[0], stats[1], stats[3], *(tensor.grad for tensor in ours)])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-def test_divergence_equals_trls(beta):
-    """TRL's generalized_jsd_loss, at the temperature that is given to it. Its trainer gives it none, whatever
-    --temperature is; that is not reproduced here."""
-    student, teacher, labels = make_heads()
-    head = Head(1, 0, 1.3)
-    logits = [hidden @ weight.T for hidden, weight, _ in (student, teacher)]
-    mask = labels.clone()
-    mask[:5] = -100
-    expected = GKDTrainer.generalized_jsd_loss(
-        logits[0][None], logits[1][None], labels=mask[None], beta=beta, temperature=1.3
-    )
-    rows = slice(5, None)
-    states = HeadInputs(teacher[0].float()[rows], teacher[1].float(), None, head)
-    given = student[0].float()[rows], student[1].float(), None, labels[rows], head, states, ("jsd", beta, 0)
-    loss = ChunkedDivergence.apply(*given)[0] / (len(labels) - 5)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-6)
-
-
-PEAK = """
-import resource, sys, torch
-sys.path.insert(0, {root!r})
-from gkd import ChunkedDivergence, Head, HeadInputs
-torch.set_num_threads(1)
-ChunkedDivergence.CHUNK_ELEMENTS = 2**18, 2**18
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for v in (8_000, 128_000):
-    hidden, weight = torch.randn(256, 8, requires_grad=True), torch.randn(v, 8, requires_grad=True)
-    teacher = HeadInputs(torch.randn(256, 8), torch.randn(v, 8), None, Head(1, 0, 1))
     for k in (0, 20):
-        given = hidden, weight, None, torch.zeros(256, dtype=torch.long), Head(1, 0, 1), teacher, ("jsd", 0.5, k)
-        ChunkedDivergence.apply(*given)[0].backward()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
-"""
+        with Sizes():
+            gkd.distill(student, teacher, None, batch, 2000, gkd.Args(teacher_top_k=k))[0].backward()
+    assert max(sizes) < 200 * 2000 / 2
 
 
-def test_memory_is_bounded_while_the_vocabulary_grows():
-    """Of each model, float32 logits are 8 and then 125 MiB; the teacher's, the mixture's and gradients as many."""
-    code = PEAK.format(root=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    small, large = map(float, done.stdout.split())
-    assert large < 60, (small, large)
+# ---- Tokenizers and vocabularies ---------------------------------------------------------------------------
 
 
-def test_head_inputs_give_the_models_own_distributions():
-    """head_inputs has a copy of token_stats' head: both must agree, on a model that has everything."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = Gemma2Config(
-        vocab_size=97, num_key_value_heads=1, head_dim=16, final_logit_softcapping=2.0, **sizes
-    )
-    model = Gemma2ForCausalLM(config)
-    for method in (gkd.token_stats, gkd.head_inputs, gkd.divergence_stats):
-        setattr(model, method.__name__, MethodType(method, model))
-    ids = torch.randint(97, (9,)).numpy()
-    batch = collate([(ids, np.ones(9))])
-    stats = model.token_stats(batch, 0.7)
-    states = model.head_inputs(batch, 0.7, 97)
-    found = model.divergence_stats(batch, HeadInputs(*(t.detach() if torch.is_tensor(t) else t for t in states)),
-                                   ("sampled", 0, 0), 0.7, 97)  # fmt: skip
-    torch.testing.assert_close(found.entropy_N, stats.entropy_N.detach())
-    assert found.divergence_N.abs().max() < 1e-5
-    logits = model(torch.from_numpy(ids)[None]).logits[0, :-1]
-    torch.testing.assert_close(-(logits / 0.7).log_softmax(-1).exp().mul((logits / 0.7).log_softmax(-1)).sum(-1),
-                               found.entropy_N, rtol=1e-4, atol=1e-5)  # fmt: skip
-
-
-# ---- Rows ------------------------------------------------------------------------------------------------------------
-
-USER, ANSWER = {"role": "user", "content": "What is 1+2?"}, {"role": "assistant", "content": "3"}
-PROMPT = "<|im_start|>user\nWhat is 1+2?<|im_end|>\n<|im_start|>assistant\n"
-ROWS = {  # a row -> what a model is asked, and what the row answers
-    "messages": ({"messages": [USER, ANSWER]}, PROMPT, "3<|im_end|>"),
-    "two turns": ({"messages": [USER, ANSWER, USER, ANSWER]}, PROMPT + "3<|im_end|>\n" + PROMPT, "3<|im_end|>3<|im_end|>"),
-    "a turn without an answer": ({"messages": [USER, ANSWER, USER]}, PROMPT + "3<|im_end|>\n" + PROMPT, "3<|im_end|>"),
-    "ShareGPT": ({"conversations": [{"from": "human", "value": "What is 1+2?"}, {"from": "gpt", "value": "3"}]}, PROMPT, "3<|im_end|>"),
-    "prompt messages": ({"prompt": [USER], "completion": [ANSWER]}, PROMPT, "3<|im_end|>"),
-    "prompt": ({"prompt": "1+2=", "completion": "3"}, "1+2=", "3<|im_end|>"),
-    "two answers": ({"messages": [USER, ANSWER, ANSWER]}, PROMPT, "3<|im_end|>3<|im_end|>"),
-    "tokens": ({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, 8, 9]}, [5, 6, 7], None),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_prompts_of_rows(name):
-    row, prompt, answer = ROWS[name]
-    tokenizer = load_tokenizer(TEACHER)
-    for use_answer in (True, False):
-        encoded = encode_distillation(row, tokenizer, room=99, use_answer=use_answer)
-        ids = encoded["prompt_ids"]
-        assert (tokenizer.decode(ids) if isinstance(prompt, str) else ids) == prompt
-        assert encoded["dropped"] == ""
-        trained = [i for i, on in zip(encoded["input_ids"], encoded["loss_mask"], strict=True) if on]
-        assert not trained if not use_answer else not answer or tokenizer.decode(trained) == answer
-    assert encode_distillation(row, tokenizer, room=2, use_answer=False)["dropped"].startswith("longer than")
-    assert encode_distillation(row, tokenizer)["prompt_ids"] == [], "where nobody writes, no prompt is needed"
-
-
-def test_rows_without_answers_and_without_prompts():
-    tokenizer = load_tokenizer(TEACHER)
-    for row in ({"prompt": [USER], "answer": "3"}, {"messages": [USER]}):
-        encoded = encode_distillation(row, tokenizer, room=99, use_answer=False)
-        assert tokenizer.decode(encoded["prompt_ids"]) == PROMPT
-        with pytest.raises(UserError, match=r"--lmbda 1|nothing to train") if "prompt" in row else nothing():
-            encoded = encode_distillation(row, tokenizer, room=99)
-            assert encoded["dropped"] == "nothing to train"
-    with pytest.raises(UserError, match="700"):
-        encode_distillation({"input_ids": [5, 700, 6]}, tokenizer, vocab_size=512, room=99, use_answer=False)
-    for row in ({"text": "1+2=3"}, {"messages": [ANSWER]}):
-        encoded = encode_distillation(row, tokenizer, room=99)
-        assert encoded["dropped"] == "without a prompt that could be answered"
-
-
-# ---- Tokenizers and vocabularies -------------------------------------------------------------------------------------
-
-
-def copy_of(tmp_path, name="teacher", change=None):
+def copy_of(tmp_path, name="teacher", change=lambda data: None):
     """A copy of an embedded model with its tokenizer.json changed."""
     path = tmp_path / f"other-{name}"
     shutil.copytree(ASSETS / name, path)
-    if change:
-        data = json.loads((path / "tokenizer.json").read_text())
-        change(data)
-        (path / "tokenizer.json").write_text(json.dumps(data))
+    data = json.loads((path / "tokenizer.json").read_text())
+    change(data)
+    (path / "tokenizer.json").write_text(json.dumps(data))
     return path
 
 
@@ -412,75 +197,37 @@ def swap_two_ids(data):
     vocab[one], vocab[two] = 417, 300
 
 
-def swap_two_bytes(data):
-    """Of no text by themselves, so that both decode to the replacement character: 0xD0 and 0xD1 begin Cyrillic letters."""
-    vocab = data["model"]["vocab"]
-    vocab["Ð"], vocab["Ñ"] = vocab["Ñ"], vocab["Ð"]
-
-
 def drop_last_id(data):
     del data["model"]["vocab"]["".join(data["model"]["merges"].pop())]
 
 
-def test_the_embedded_tokenizers_are_one():
-    assert gkd.local_difference(*(load_tokenizer(str(ASSETS / name)) for name in ("model", "teacher"))) == ""
+def read_otherwise(data):
+    data.update(pre_tokenizer=None, normalizer={"type": "Lowercase"})
 
 
-def test_a_swapped_id_is_named(tmp_path):
-    path = copy_of(tmp_path, change=swap_two_ids)
-    with pytest.raises(UserError, match=r"2 of 512 ids, the first of which are 300: '.+' and '.+'; 417:"):
-        train(tmp_path / "run", teacher=str(path))
+def no_control_token(data):
+    start = next(token for token in data["added_tokens"] if token["content"] == "<|im_start|>")
+    data["model"]["vocab"]["<|im_start|>"] = start["id"]
+    data["added_tokens"].remove(start)
+
+
+TOKENIZERS = {
+    swap_two_ids: r"in their tokens: \[.*417.*300.*\] and \[",
+    drop_last_id: r"in their tokens: \[\('ime', 511\)\] and \[\]",
+    read_otherwise: "in their ids of a text",
+    no_control_token: "in their ids of a text",
+}
+
+
+def test_a_teacher_with_other_tokens_is_refused(tmp_path):
+    for change, message in TOKENIZERS.items():
+        with pytest.raises(UserError, match=message):
+            train(tmp_path / "run", teacher=str(copy_of(tmp_path / change.__name__, change=change)))
+    template = (ASSETS / "teacher/chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> ")
+    (tmp_path / "template.jinja").write_text(template)
+    with pytest.raises(UserError, match="in their chat templates"):
+        train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"))
     assert not (tmp_path / "run").exists()
-    path = copy_of(tmp_path / "less", change=drop_last_id)
-    for flags, sides in (
-        ({"teacher": str(path)}, "'ime' and None"),
-        ({"model": str(path)}, "None and 'ime'"),
-    ):
-        with pytest.raises(UserError, match=f"1 of 512 ids, the first of which are 511: {sides}"):
-            train(tmp_path / "run", **flags)
-
-
-def test_text_that_becomes_other_ids_is_seen(tmp_path):
-    path = copy_of(
-        tmp_path, change=lambda data: data.update(pre_tokenizer=None, normalizer={"type": "Lowercase"})
-    )
-    with pytest.raises(UserError, match=r"differ \(student's first\) in the ids of"):
-        train(tmp_path / "run", teacher=str(path))
-
-
-def test_another_end_and_another_template_are_seen(tmp_path):
-    path = copy_of(tmp_path)
-    config = json.loads((path / "tokenizer_config.json").read_text())
-    (path / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": "<|endoftext|>"}))
-    theirs = load_tokenizer(str(path))
-    if theirs.eos_token_id is not None:
-        assert "EOS token: <|im_end|> and <|endoftext|>" in gkd.local_difference(
-            load_tokenizer(TEACHER), theirs
-        )
-    template = tmp_path / "template.jinja"
-    template.write_text(
-        (ASSETS / "teacher" / "chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> ")
-    )
-    with pytest.raises(UserError, match=r"differ .* in the chat template: .*; --chat-template changes"):
-        train(tmp_path / "run", chat_template=str(template))
-
-
-def test_what_only_some_conversations_show_is_seen(tmp_path):
-    """How a system message is framed, and whether the frame's tokens are control tokens."""
-    ours, theirs = load_tokenizer(TEACHER), load_tokenizer(TEACHER)
-    theirs.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        + ours.chat_template
-    )
-    assert "the chat template: ('<|im_start|>system" in gkd.local_difference(ours, theirs)
-    assert gkd.local_difference(theirs, theirs) == ""
-
-    def no_control_token(data):
-        data["model"]["vocab"]["<|im_start|>"] = ours.convert_tokens_to_ids("<|im_start|>")
-        data["added_tokens"] = [one for one in data["added_tokens"] if one["content"] != "<|im_start|>"]
-
-    theirs = load_tokenizer(str(copy_of(tmp_path, change=no_control_token)))
-    assert "the chat template: ('<|im_start|>user" in gkd.local_difference(ours, theirs)
 
 
 def padded(tmp_path, name, rows):
@@ -495,143 +242,91 @@ def padded(tmp_path, name, rows):
 
 
 def test_rows_that_pad_either_head_change_nothing(tmp_path):
-    """Sliced, a padded teacher and a padded student give the losses of the plain ones."""
-    expected = train(tmp_path / "plain", lmbda=0.0)
-    teacher, student = padded(tmp_path, "teacher", 64), padded(tmp_path, "model", 32)
-    for name, flags in (("a", {"teacher": teacher}), ("b", {"model": student})):
-        assert_same_curve(train(tmp_path / name, lmbda=0.0, **flags), expected, rtol=1e-3)
-    both = train(tmp_path / "c", lmbda=1.0, model=student, max_length=100)
-    assert all(math.isfinite(row["loss"]) for row in both)
+    flags = {"lmbda": 0.0, "dataset": rows_file(tmp_path / "rows.jsonl", 32), "max_steps": 2}
+    expected, student = train(tmp_path / "plain", **flags), padded(tmp_path, "model", 32)
+    for name, model in (("a", {"teacher": padded(tmp_path, "teacher", 64)}), ("b", {"model": student})):
+        assert_same_curve(train(tmp_path / name, **flags, **model), expected, rtol=1e-3)
+    rows = train(tmp_path / "c", **{**flags, "lmbda": 1.0}, model=student, temperature=3.0)
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    ids, mask = gkd.sample_documents([Sample([1, 2], ids=[5, 9, 600, 7])], 512)[0]
+    assert (ids.tolist(), mask.tolist()) == ([1, 2, 5, 9], [False, False, True, True])
 
 
-def test_a_sample_ends_before_an_id_that_only_the_student_knows():
-    rollouts = [[SimpleNamespace(prompt_ids=[1], ids=[5, 9, 600, 7], is_finished=True)]]
-    engine = SimpleNamespace(generate=lambda *_: rollouts)
-    (answer,) = gkd.write_answers(gkd.Args(), engine, [{"prompt_ids": [1]}], [0], 0, [], 512)
-    assert answer == gkd.Answer([1], [5, 9], False)
+# ---- The step ----------------------------------------------------------------------------------------------
 
 
-def test_too_few_embeddings_are_refused(tmp_path):
-    config = Qwen3Config(vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=1, num_key_value_heads=1, head_dim=32)  # fmt: skip
-    path = copy_of(tmp_path)
-    Qwen3ForCausalLM(config).save_pretrained(path)
-    with pytest.raises(UserError, match="the tokenizer has 512 ids, --model 512 and --teacher 300"):
-        train(tmp_path / "run", teacher=str(path))
-
-
-# ---- The step --------------------------------------------------------------------------------------------------------
-
-
-def naive_step(student, teacher, documents, beta, temperature):
-    """Mean divergence over the trained tokens, a document at a time, by the models' own forwards -> it, and the norm of
-    its gradient."""
-    values = []
+def naive_step(documents, beta, temperature=1.0):
+    """Mean divergence over the trained tokens of documents, by the models' own forwards, and its gradient norm."""
+    values, models = [], [AutoModelForCausalLM.from_pretrained(path) for path in (MODEL, TEACHER)]
     for ids, mask in documents:
-        ids_BT = torch.tensor([list(ids)])
-        logps = [
-            (m(ids_BT).logits[0, :-1].double() / temperature).log_softmax(-1) for m in (student, teacher)
-        ]
-        values.append(naive(*logps, beta)[torch.tensor(list(mask[1:])).bool()])
+        both = [model(torch.tensor([list(ids)])).logits[0, :-1].double() / temperature for model in models]
+        logps, teacher_logps = (logits.log_softmax(-1) for logits in both)
+        losses = naive(logps, teacher_logps.detach(), "jsd", beta, 0, None)
+        values.append(losses[torch.tensor(list(mask[1:])).bool()])
     loss = torch.cat(values).mean()
-    gradients = torch.autograd.grad(loss, list(student.parameters()))
-    return loss.item(), torch.stack([grad.norm() for grad in gradients]).norm().item()
+    gradients = torch.autograd.grad(loss, list(models[0].parameters()))
+    return [loss.item(), torch.stack([grad.norm() for grad in gradients]).norm().item()]
 
 
-def both_models():
-    return [AutoModelForCausalLM.from_pretrained(ASSETS / name).eval() for name in ("model", "teacher")]
+def documents_of(answers):
+    """The documents that completions.jsonl tells of."""
+    tokenizer, documents = load_tokenizer(TEACHER), []
+    for row in answers:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"] + "<|im_end|>" * row["is_finished"])["input_ids"]
+        documents.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
+    return documents
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_the_first_loss_is_the_models_divergence_on_data_and_on_samples(tmp_path, beta):
-    """With a temperature, divided by the tokens that were trained, the samples' own where there are samples, though the
-    data's answers are much longer; and so is its gradient."""
-    tokenizer, models = load_tokenizer(TEACHER), both_models()
-    rows = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:16]]
+    """With a temperature, and divided by the tokens that were trained: by those of samples, though the data's
+    answers are much longer. And so is its gradient."""
+    tokenizer, rows = load_tokenizer(TEACHER), [json.loads(line) for line in ROWS[:16]]
     for row in rows:
         row["messages"][1]["content"] += " 1234567"
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    flags = {"dataset": (path,), "beta": beta, "temperature": 0.8, "max_steps": 1}
-    encoded = [encode_distillation(row, tokenizer) for row in rows]
-    off = [(row["input_ids"], row["loss_mask"]) for row in encoded]
-    (found,) = train(tmp_path / "off", lmbda=0.0, **flags)
-    assert [found["loss"], found["grad_norm"]] == pytest.approx(naive_step(*models, off, beta, 0.8), rel=1e-3)
-    (found,) = train(tmp_path / "on", lmbda=0.99, **flags)
-    assert found["on_policy"] == 1
-    said = [json.loads(line) for line in (tmp_path / "on" / "completions.jsonl").read_text().splitlines()]
-    on = []
-    for row in said:
-        prompt = tokenizer(row["prompt"])["input_ids"]
-        answer = tokenizer(row["completion"] + "<|im_end|>" * row["is_finished"])["input_ids"]
-        on.append((prompt + answer, [False] * len(prompt) + [True] * len(answer)))
-    assert [found["loss"], found["grad_norm"]] == pytest.approx(naive_step(*models, on, beta, 0.8), rel=1e-2)
-    assert found["completions/clipped_ratio"] == np.mean([not row["is_finished"] for row in said])
-    assert found["completions/mean_length"] == pytest.approx(np.mean([sum(mask) for _, mask in on]), abs=0.2)
+    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "beta": beta, "max_steps": 1}
+    encoded = [encode_distillation(row, tokenizer, max_length=100) for row in rows]
+    documents = [(row["input_ids"], row["loss_mask"]) for row in encoded]
+    (found,) = train(tmp_path / "off", lmbda=0.0, temperature=0.8, **flags)
+    assert [found["loss"], found["grad_norm"]] == pytest.approx(naive_step(documents, beta, 0.8), rel=1e-3)
+    kinds = {"student": {"lmbda": 1.0, "temperature": 0.8}, "teacher": {"lmbda": 0.0, "seq_kd": True}}
+    for writer, kind in kinds.items():
+        (found,) = train(tmp_path / writer, **flags, **kind)
+        answers = answers_of(tmp_path / writer)
+        documents = documents_of(answers)
+        expected = naive_step(documents, beta, kind.get("temperature", 1.0))
+        assert [found["loss"], found["grad_norm"]] == pytest.approx(expected, rel=1e-2)
+        assert found["completions/clipped_ratio"] == np.mean([not row["is_finished"] for row in answers])
+        length = np.mean([sum(mask) for _, mask in documents])
+        assert found["completions/mean_length"] == pytest.approx(length, abs=0.2)
+        assert {row["writer"] for row in answers} == {writer}
+    sums = [eval(row["prompt"].split("What is ")[1].split("?")[0]) for row in answers]
+    right = [row["completion"] == str(value) for row, value in zip(answers, sums, strict=True)]
+    assert np.mean(right) > 0.9, "the teacher adds well"
 
 
-def test_where_trls_trainer_is_not_followed():
-    """It gives the loss no temperature, and divides that of samples by the tokens of the data that they replaced, which
-    transformers counted before. (Nor does it multiply by the ranks, over which gradients are then averaged.)"""
-    models, ids = both_models(), np.random.default_rng(0).integers(3, 500, 20)
-    mask = np.arange(20) >= 8  # a sample of 12 tokens, where the data had 3
-    labels = np.where(mask, ids, -100)
-    inputs = {name: torch.tensor(value)[None] for name, value in (("input_ids", ids), ("labels", labels))}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    trainer = SimpleNamespace(
-        teacher_model=models[1],
-        beta=0.5,
-        temperature=0.8,
-        generalized_jsd_loss=GKDTrainer.generalized_jsd_loss,
-    )
-    with torch.no_grad():
-        theirs = [
-            GKDTrainer.compute_loss(trainer, models[0], inputs, num_items_in_batch=n).item() for n in (12, 3)
-        ]
-    warm, cool = (naive_step(*models, [(ids, mask)], 0.5, temperature)[0] for temperature in (1.0, 0.8))
-    assert theirs[0] == pytest.approx(warm, rel=1e-4)
-    assert theirs[1] == pytest.approx(4 * warm, rel=1e-4)
-    assert abs(cool / warm - 1) > 0.01
-
-
-def test_a_step_samples_from_its_own_weights_at_the_temperature(tmp_path):
-    """Near 0, where samples are the arg-max: what transformers generates from the model before that step."""
-    rows = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:8]]
-    flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "batch_size": 8, "lmbda": 1.0}
-    flags |= {
-        "temperature": 0.02,
-        "beta": 0.0,
-        "learning_rate": 3e-3,
-        "lr_schedule": "constant",
-        "warmup_steps": 0,
-    }
+def test_a_step_samples_from_its_own_weights(tmp_path):
+    """At a temperature near 0, where samples are the arg-max: what transformers generates from the model before
+    the step. A warm student that does not change answers a prompt anew each time."""
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 8), "batch_size": 8, "lmbda": 1.0}
+    cold = {"temperature": 0.02, "beta": 0.0, "learning_rate": 3e-3, "lr_schedule": "constant"}
     for steps in (1, 2):
-        train(tmp_path / str(steps), max_steps=steps, **flags)
-    said = [json.loads(line) for line in (tmp_path / "2" / "completions.jsonl").read_text().splitlines()]
-    tokenizer, answers = load_tokenizer(TEACHER), []
-    for step, path in ((1, ASSETS / "model"), (2, tmp_path / "1" / "final")):
+        train(tmp_path / str(steps), max_steps=steps, warmup_steps=0, **flags, **cold)
+    answers, tokenizer, expected = answers_of(tmp_path / "2"), load_tokenizer(TEACHER), []
+    for step, path in ((1, MODEL), (2, tmp_path / "1" / "final")):
         model = AutoModelForCausalLM.from_pretrained(path)
-        for row in (row for row in said if row["step"] == step):
+        for row in (row for row in answers if row["step"] == step):
             ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
-            (out,) = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16
-            )
-            answers.append(tokenizer.decode(out[len(ids[0]) :], skip_special_tokens=True))
-    assert [row["completion"] for row in said] == answers
-    assert sorted(answers[:8]) != sorted(answers[8:]), "the first step has changed them"
-
-
-def test_a_prompt_is_answered_anew_each_time(tmp_path):
-    """By a student that does not change."""
-    rows = (ASSETS / "messages.jsonl").read_text().splitlines(keepends=True)[:8]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "batch_size": 8, "lmbda": 1.0, "max_steps": 2}
-    train(tmp_path / "run", temperature=2.0, learning_rate=1e-12, **flags)
-    said = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    first, second = (
-        {row["prompt"]: row["completion"] for row in said if row["step"] == step} for step in (1, 2)
-    )
-    assert first.keys() == second.keys()
-    assert sum(first[prompt] != second[prompt] for prompt in first) > 4
+            options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 16}
+            (output,) = model.generate(ids, **options)
+            expected.append(tokenizer.decode(output[len(ids[0]) :], skip_special_tokens=True))
+    assert [row["completion"] for row in answers] == expected
+    assert sorted(expected[:8]) != sorted(expected[8:]), "the first step has changed them"
+    assert [row["version"] for row in answers] == [0] * 8 + [1] * 8
+    train(tmp_path / "warm", temperature=2.0, learning_rate=1e-12, max_steps=2, **flags)
+    answers = sorted(answers_of(tmp_path / "warm"), key=lambda row: (row["step"], row["prompt"]))
+    assert sum(a["completion"] != b["completion"] for a, b in zip(answers[:8], answers[8:], strict=True)) > 4
 
 
 MODES = {
@@ -644,369 +339,78 @@ MODES = {
 
 @pytest.mark.parametrize("name", MODES)
 def test_micro_batches_do_not_change_the_curve(tmp_path, name):
-    for budget in (8192, 60):
-        train(tmp_path / str(budget), micro_batch_tokens=budget, max_length=50, **MODES[name])
-    assert_same_curve(metrics_of(tmp_path / "60"), metrics_of(tmp_path / "8192"), rtol=2e-3)
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), "max_length": 50, **MODES[name]}
+    curves = [train(tmp_path / str(n), micro_batch_tokens=n, **flags) for n in (60, 8192)]
+    assert_same_curve(*curves, rtol=2e-3)
 
 
-RANKS = {
-    "defaults": {},
-    "lora, on its base, seq-kd, top k": {
-        "lora_rank": 4, "learning_rate": 1e-2, "teacher": str(ASSETS / "model"), "seq_kd": True, "teacher_top_k": 8,
-    },
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RANKS)
-def test_two_ranks_give_the_curve_of_one(tmp_path, name):
-    """The teacher is sharded, the draw of on-policy steps and the samples, of either, are the same. An epoch's last step
-    has one row: one of two ranks has nothing to do."""
-    (tmp_path / "rows.jsonl").write_text(
-        "".join((ASSETS / "messages.jsonl").read_text().splitlines(keepends=True)[:37])
-    )
-    for ranks in (1, 2):
-        flags = {"output_dir": tmp_path / str(ranks), "batch_size": 18, "max_steps": 6, **RANKS[name]}
-        result = run("gkd.py", *flags_of(dataset=tmp_path / "rows.jsonl", **flags), ranks=ranks)
-        assert result.returncode == 0, result.stderr[-2000:]
-    rows = metrics_of(tmp_path / "1")
+def test_two_ranks_give_the_curve_of_one(tmp_path):
+    """The teacher is sharded; draws and samples, of either model, are the same. The last step has one row, so
+    that one of two ranks has nothing to do."""
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 19), "batch_size": 6, "max_steps": 4}
+    flags |= {"lora_rank": 4, "learning_rate": 1e-2, "teacher_top_k": 8, "seq_kd": True, "max_length": 100}
+    rows = train(tmp_path / "1", **flags)
+    result = run("gkd.py", *flags_of(output_dir=tmp_path / "2", **flags), ranks=2)
+    assert result.returncode == 0, result.stderr[-2000:]
     assert_same_curve(metrics_of(tmp_path / "2"), rows, rtol=1e-2)
     assert {row["on_policy"] for row in rows} == {0, 1}
-    for pattern in ("completions.jsonl", "teacher-*.jsonl"):
-        said = [[path.read_text() for path in (tmp_path / ranks).glob(pattern)] for ranks in "12"]
-        assert said[0] == said[1]
+    assert answers_of(tmp_path / "1") == answers_of(tmp_path / "2")
 
 
 def test_lmbda_is_the_share_of_steps_on_the_students_samples(tmp_path):
-    rows = train(tmp_path / "run", lmbda=0.3, max_steps=20, batch_size=4)
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 80), "batch_size": 4, "max_steps": 20}
+    rows = train(tmp_path / "run", lmbda=0.3, **flags)
     steps = [row["step"] for row in rows if row["on_policy"]]
     assert 2 <= len(steps) <= 11
-    assert rows[-1]["on_policy_share"] == len(steps) / 20
-    said = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in said] == [step for step in steps for _ in range(4)]
+    assert [row["step"] for row in answers_of(tmp_path / "run")] == [n for n in steps for _ in range(4)]
 
 
 def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
-    """--lmbda 1 trains the same on conversations, on conversations with other answers, and on prompts alone."""
-    rows = [
-        json.loads(line)["messages"] for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:16]
-    ]
-    kinds = {
-        "right": [{"messages": row} for row in rows],
-        "wrong": [{"messages": [row[0], {**row[1], "content": "7"}]} for row in rows],
-        "none": [{"prompt": row[:1]} for row in rows],
-    }
-    for name, some in kinds.items():
-        train(tmp_path / name, dataset=(write_rows(tmp_path / f"{name}.jsonl", some),), lmbda=1.0)
-    assert metrics_of(tmp_path / "right") == metrics_of(tmp_path / "wrong") == metrics_of(tmp_path / "none")
+    """--lmbda 1 trains the same on conversations, on those with other answers, and on prompts alone."""
+    chats, curves = [json.loads(line)["messages"] for line in ROWS[:16]], []
+    kinds = [{"messages": chat} for chat in chats], [{"prompt": chat[:1]} for chat in chats]
+    for rows in (*kinds, [{"messages": [chat[0], {**chat[1], "content": "7"}]} for chat in chats]):
+        path = write_rows(tmp_path / f"{len(curves)}.jsonl", rows)
+        curves.append(train(tmp_path / str(len(curves)), dataset=(path,), lmbda=1.0, max_steps=2))
+    assert curves[0] == curves[1] == curves[2]
 
 
-def test_what_ends_an_answer_is_known_without_one():
-    """By the template: the tokenizer's EOS may be another."""
-    tokenizer = load_tokenizer(TEACHER)
-    flags = {"room": 50, "use_answer": False}
-    chat = [{"role": "user", "content": "1+1="}]
-    stop = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert encode_distillation({"prompt": chat}, tokenizer, **flags)["stop_id"] == stop
-    row = {"messages": [*chat, {"role": "assistant", "content": "2"}]}
-    assert encode_distillation(row, tokenizer, **flags)["stop_id"] == stop
-    assert encode_distillation({"prompt": "1+1="}, tokenizer, **flags)["stop_id"] == -1
-
-
-class FragileEngine(gkd.HFEngine):
-    """As VLLMEngine, with a copy in this process: `events` are what was asked of it; where it is to fail at one of
-    its generations, it does, and from `skewed_at` on its log-probs are not those of the model."""
-
-    fails_at = skewed_at = math.inf
-    servers = (SimpleNamespace(url=URL, needs=SimpleNamespace(shell=lambda url: "its command")),)
-
-    def __init__(self, servers, model, dtype):
-        model = copy.deepcopy(model)
-        model.set_attn_implementation("varlen")
-        super().__init__(model)
-        self.count = 0
-
-    def generate(self, *asked):
-        self.count += 1
-        self.events.append("generate")
-        if self.count == self.fails_at:
-            raise EngineError("it died")
-        groups = super().generate(*asked)
-        for rollout in itertools.chain(*groups) if self.count >= self.skewed_at else ():
-            rollout.logps = [logp - 0.1 for logp in rollout.logps]
-        return groups
-
-    def recover(self, stopped):
-        self.version = None
-        self.events.append("recover")
-
-    def sleep(self):
-        self.events.append("sleep")
+# ---- Servers: a teacher, and what is lost ------------------------------------------------------------------
 
 
 @pytest.fixture
-def fragile(monkeypatch):
-    check = gkd.check_engine
-    events = FragileEngine.events = []
-    monkeypatch.setattr(gkd, "VLLMEngine", FragileEngine)
-    monkeypatch.setattr(gkd, "find_servers", lambda *_: [])
-    monkeypatch.setattr(gkd, "check_engine", lambda *given: (events.append("check"), check(*given)))
-    return events
+def served(monkeypatch):
+    """A served teacher in this process, the embedded one; from its call `fails_at` on it is gone."""
+    state = SimpleNamespace(calls=0, fails_at=math.inf, tokenizer=load_tokenizer(TEACHER))
 
+    class Served(gkd.VLLMTeacher):
+        def __init__(self, url, k, max_length, seconds):
+            self.k, self.model = k or 1, AutoModelForCausalLM.from_pretrained(TEACHER)
+            self.engine = SimpleNamespace(stop=lambda: None, request=self.detokenize)
 
-def test_a_server_that_was_lost_is_compared_again(tmp_path, fragile, monkeypatch):
-    """It may have been started with other weights. Between samples, its GPU is the trainer's."""
-    flags = {"engine": "vllm", "lmbda": 1.0, "max_steps": 4}
-    straight = train(tmp_path / "straight", **flags)
-    checked, plain = ["check", "generate"], ["generate", "sleep"]
-    assert fragile == [*checked, "sleep", *plain, *checked, *plain, *plain, *plain]
-    fragile.clear()
-    monkeypatch.setattr(FragileEngine, "fails_at", 6)
-    assert train(tmp_path / "lost", **flags) == straight
-    assert fragile == [
-        *checked,
-        "sleep",
-        *plain,
-        *checked,
-        *plain,
-        *plain,
-        "generate",
-        "recover",
-        *checked,
-        *plain,
-    ]
+        def detokenize(self, method, route, json):
+            return [{"prompt": state.tokenizer.decode(json["tokens"])}]
 
+        def tokenize(self, prompt="", messages=(), **flags):
+            template = {"tokenize": False, "add_generation_prompt": False}
+            prompt = prompt or state.tokenizer.apply_chat_template(messages, **template)
+            return state.tokenizer(prompt)["input_ids"]
 
-def test_a_server_that_does_not_take_weights_ends_the_run_with_a_checkpoint(tmp_path, fragile, monkeypatch):
-    monkeypatch.setattr(FragileEngine, "skewed_at", 3)
-    with pytest.raises(UserError, match=r"do not agree[\s\S]*Stopped after step 1, which is saved; mend it"):
-        train(tmp_path, engine="vllm", lmbda=1.0, max_steps=4)
-    gkd.dist.destroy_process_group()
-    assert (tmp_path / "checkpoint-00000001").is_dir()
-    assert fragile.count("recover") == 1
+        @torch.no_grad()
+        def score(self, documents, device):
+            state.calls += 1
+            if state.calls >= state.fails_at:
+                raise EngineError("the teacher is gone")
+            parts = []
+            for ids, mask in documents:
+                logps = self.model(torch.tensor([list(ids)])).logits[0, :-1].log_softmax(-1)[mask[1:]]
+                top, top_ids = logps.topk(self.k)
+                rest = (1 - top.exp().sum(1, keepdim=True)).clamp(min=1e-5).log()
+                labels = torch.from_numpy(ids[1:])[mask[1:], None]
+                parts.append((torch.cat([top, rest], 1), top_ids, logps.gather(1, labels)[:, 0]))
+            return [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
 
-
-# ---- Teachers --------------------------------------------------------------------------------------------------------
-
-
-def test_an_adapter_of_the_head_is_refused(tmp_path):
-    """The head is multiplied outside of its module: what an adapter adds would be left out."""
-    base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
-    adapter = gkd.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM")
-    gkd.get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(UserError, match="its adapter changes the head"):
-        train(tmp_path / "run", teacher=str(tmp_path / "adapter"), lora_rank=4)
-
-
-def test_adapters_that_cannot_be_what_they_were_trained_as(tmp_path):
-    """On tied embeddings, once they are merged; and files that are damaged."""
-    tied = copy_of(tmp_path, "model")
-    config = json.loads((tied / "config.json").read_text())
-    (tied / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    base = AutoModelForCausalLM.from_pretrained(tied)
-    adapter = gkd.LoraConfig(r=4, target_modules=["embed_tokens"], task_type="CAUSAL_LM")
-    gkd.get_peft_model(base, adapter).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    with pytest.raises(UserError, match="the embeddings or the head, and these are tied"):
-        train(tmp_path / "merged", teacher=str(tmp_path / "adapter"))
-    gkd.dist.destroy_process_group()
-    flags = {"lora_rank": 4, "teacher": str(tied)}
-    with pytest.raises(
-        UserError, match="to sample, the adapter of the embeddings would change the output head"
-    ):
-        train(tmp_path / "sampled", model=str(tied), lora_targets=("embed_tokens",), **flags)
-    gkd.dist.destroy_process_group()
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(UserError, match=r"--teacher .* cannot be loaded"):
-        train(tmp_path / "damaged", model=str(tied), **{**flags, "teacher": str(tmp_path / "adapter")})
-
-
-def make_adapter(tmp_path, name="adapter"):
-    """A LoRA adapter on the embedded student, with weights that change it."""
-    train(tmp_path / f"{name}-run", lora_rank=4, learning_rate=3e-2, lmbda=0.0, lora_dropout=0.1)
-    return str(tmp_path / f"{name}-run" / "final")
-
-
-def merge(tmp_path, adapter):
-    """The embedded student with an adapter merged, as a model of its own."""
-    merged = tmp_path / "merged"
-    base = AutoModelForCausalLM.from_pretrained(ASSETS / "model")
-    gkd.PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(merged)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(ASSETS / "model" / name, merged)
-    return str(merged)
-
-
-def test_an_adapter_on_the_students_base_shares_its_weights(tmp_path, capsys):
-    """One model is loaded, and the losses are those of a teacher with the adapter merged. The adapter's dropout is off."""
-    adapter = make_adapter(tmp_path)
-    merged = merge(tmp_path, adapter)
-    capsys.readouterr()
-    shared = train(tmp_path / "shared", teacher=adapter, lora_rank=4, temperature=0.8)
-    assert "on the student's base" in capsys.readouterr().out
-    alone = train(tmp_path / "alone", teacher=merged, lora_rank=4, temperature=0.8)
-    assert_same_curve(shared, alone, rtol=1e-3)
-    assert shared[0]["loss"] > 1e-4
-    of_full = train(tmp_path / "full", teacher=adapter, lmbda=0.0)  # a full student shares nothing
-    assert of_full[0]["loss"] == pytest.approx(
-        train(tmp_path / "full2", teacher=merged, lmbda=0.0)[0]["loss"], rel=1e-3
-    )
-
-
-def test_an_adapter_is_trained_further(tmp_path):
-    """The student's samples and losses begin as those of the adapter merged; from itself it is nothing away."""
-    adapter = make_adapter(tmp_path)
-    flags = {"lmbda": 1.0, "max_steps": 2}
-    further = train(tmp_path / "further", model=adapter, lora_rank=4, **flags)
-    whole = train(tmp_path / "whole", model=merge(tmp_path, adapter), **flags)
-    for key in ("loss", "entropy", "completions/mean_length"):
-        assert further[0][key] == pytest.approx(whole[0][key], rel=1e-3)
-    own = train(tmp_path / "own", model=adapter, teacher=adapter, lora_rank=4, **flags)
-    assert own[0]["loss"] == pytest.approx(0, abs=1e-6)
-
-
-def test_a_base_teaches_its_lora_student(tmp_path):
-    """From itself, the untrained student is nothing away."""
-    rows = train(tmp_path / "run", teacher=str(ASSETS / "model"), lora_rank=4, learning_rate=1e-2)
-    assert rows[0]["loss"] == pytest.approx(0, abs=1e-6)
-    assert rows[0]["top1_agreement"] == 1
-
-
-def test_the_teachers_samples_are_drawn_once(tmp_path, monkeypatch):
-    """--seq-kd: kept on disk with all that they depend on, continued where they end, and no data's answer is used."""
-    rows = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text().splitlines()[:40]]
-    path = write_rows(tmp_path / "rows.jsonl", rows)
-    flags = {"dataset": (path,), "seq_kd": True, "lmbda": 0.0}
-    monkeypatch.setattr(gkd, "ANSWERS_AT_ONCE", 16)
-    expected = train(tmp_path / "run", **flags)
-    (cache,) = (tmp_path / "run").glob("teacher-*.jsonl")
-    said = [json.loads(line) for line in cache.read_text().splitlines()]
-    tokenizer = load_tokenizer(TEACHER)
-    right = [
-        tokenizer.decode(one["ids"]) == f"{row['answer']}<|im_end|>"
-        for one, row in zip(said, rows, strict=True)
-    ]
-    assert np.mean(right) > 0.9
-    first = gkd.answer_documents([gkd.Answer(**said[row]) for row in gkd.epoch_order(40, 0, 0)[:16]])
-    assert expected[0]["loss"] == pytest.approx(naive_step(*both_models(), first, 0.5, 1.0)[0], rel=1e-3)
-
-    (tmp_path / "cut").mkdir()  # a run that was killed while the teacher wrote
-    lines = cache.read_text().splitlines(keepends=True)
-    (tmp_path / "cut" / cache.name).write_text("".join(lines[:20]) + lines[20][:9])
-    assert train(tmp_path / "cut", **flags) == expected
-    assert (tmp_path / "cut" / cache.name).read_text() == cache.read_text()
-
-    def fail(*_):
-        raise RuntimeError("generated again")
-
-    monkeypatch.setattr(gkd, "teacher_engine", fail)
-    (tmp_path / "again").mkdir()
-    shutil.copy(cache, tmp_path / "again")
-    assert train(tmp_path / "again", **flags) == expected
-    fewer = write_rows(tmp_path / "fewer.jsonl", rows[:39])
-    for name, value in (
-        ("seed", 1), ("temperature", 0.9), ("max_completion_length", 8), ("engine", "vllm"), ("dataset", (fewer,)),
-        ("teacher", str(ASSETS / "model")), ("dtype", "bfloat16"),
-    ):  # fmt: skip
-        (tmp_path / name).mkdir()
-        shutil.copy(cache, tmp_path / name)
-        with pytest.raises(RuntimeError, match="generated again"):
-            train(tmp_path / name, **{**flags, name: value})
-        gkd.dist.destroy_process_group()
-
-
-def test_a_teacher_that_samples_what_it_does_not_think_is_refused(tmp_path, monkeypatch):
-    """--seq-kd with the embedded engine: nothing is drawn with it, nothing kept."""
-    generate = gkd.HFEngine.generate
-
-    def skewed(*asked):
-        groups = generate(*asked)
-        for rollout in itertools.chain(*groups):
-            rollout.logps = [logp - 0.1 for logp in rollout.logps]
-        return groups
-
-    monkeypatch.setattr(gkd.HFEngine, "generate", skewed)
-    with pytest.raises(UserError, match=r"do not agree .*\n.*\n.*\n.*try --engine vllm"):
-        train(tmp_path, seq_kd=True, lmbda=0.0)
-    gkd.dist.destroy_process_group()
-    assert [path.read_text() for path in tmp_path.glob("teacher-*")] == [""]
-
-
-def test_samples_of_another_teacher_are_not_taken(tmp_path, scripted, monkeypatch):
-    """At the same address, a server may have another model; there may be /v1 at its end."""
-    rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:4]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    served, drawn = {"id": "teacher", "root": "one", "max_model_len": 999}, []
-
-    def request(self, method, path, **_):
-        assert self.url == URL
-        said = {"prompt_logprobs": [None, {"0": {"logprob": -1.0}}]}
-        return {"data": [served]} if path == "v1/models" else said
-
-    def generate(prompts, *_):
-        drawn.append(served["root"])
-        return [[SimpleNamespace(prompt_ids=ids, ids=[5, 9], is_finished=True)] for ids in prompts]
-
-    engine = SimpleNamespace(generate=generate, stop=lambda: None)
-    monkeypatch.setattr(gkd.TeacherServer, "check", CHECK)
-    monkeypatch.setattr(VLLMServer, "request", request)
-    monkeypatch.setattr(gkd, "teacher_engine", lambda *_: engine)
-    flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "seq_kd": True, "lmbda": 0.0, "teacher_top_k": 4}
-    for root, url, times in (("one", URL, 1), ("one", f"{URL}/v1/", 1), ("two", URL, 2)):
-        served["root"] = root
-        train(tmp_path / "run", teacher=url, max_length=100, **flags)
-        assert len(drawn) == times, (root, url)
-        for path in (tmp_path / "run").iterdir():  # but for the samples, a new run
-            if not path.name.startswith("teacher-"):
-                (shutil.rmtree if path.is_dir() else Path.unlink)(path)
-
-
-def test_a_server_without_log_probs_is_refused(scripted, monkeypatch):
-    """vLLM's --logprobs-mode raw_logits, for one."""
-    said = {"data": [{"id": "teacher", "root": "one", "max_model_len": 999}]}
-    said |= {"prompt_logprobs": [None, {"0": {"logprob": 17.0}, "1": {"logprob": -3.0}}]}
-    monkeypatch.setattr(gkd.TeacherServer, "check", CHECK)
-    monkeypatch.setattr(VLLMServer, "request", lambda *_, **__: said)
-    with pytest.raises(UserError, match=r"17\.0 is no log-prob: it needs --logprobs-mode raw_logprobs"):
-        gkd.TeacherServer(gkd.Args(teacher=URL, teacher_top_k=2), 99, 512).check(())
-
-
-def test_a_signal_while_the_teacher_writes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gkd, "catch_signals", lambda: [15])
-    gkd.main(replace(gkd.Args(output_dir=str(tmp_path), seq_kd=True), eval_dataset=(), max_steps=1))
-    assert "stopped by a signal; to go on, give the same flags with --output-dir" in capsys.readouterr().out
-    assert not (tmp_path / "args.json").exists()
-
-
-# ---- A teacher that is a server --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """A server in this process that answers as vLLM does, with the embedded teacher. `calls` are the requests; from
-    `fails_at` on, they fail."""
-    model, state = both_models()[1], SimpleNamespace(calls=0, fails_at=math.inf)
-
-    @torch.no_grad()
-    async def answer(client, server, body, retries):
-        state.calls += 1
-        if state.calls >= state.fails_at:
-            raise EngineError("the vLLM server does not generate")
-        ids, k = body["token_ids"], body["sampling_params"]["prompt_logprobs"]
-        said = [None]
-        for logps, label in zip(model(torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:], strict=False):
-            order = logps.argsort(descending=True).tolist()
-            ranks = {token: rank for rank, token in enumerate(order, 1) if rank <= k or token == label}
-            row = {
-                str(token): {"logprob": logps[token].item(), "rank": rank} for token, rank in ranks.items()
-            }
-            said.append(
-                dict(sorted(row.items(), key=lambda item: item[0] != str(label)))
-            )  # the label comes first
-        return {"prompt_logprobs": said}
-
-    monkeypatch.setattr(gkd, "ask_server", answer)
-    monkeypatch.setattr(gkd.TeacherServer, "check", lambda self, stopped: None)
-    monkeypatch.setattr(gkd.TeacherServer, "difference", lambda self, tokenizer: "")
+    monkeypatch.setattr(gkd, "VLLMTeacher", Served)
     return state
 
 
@@ -1017,221 +421,104 @@ SERVED = {
 }
 
 
-def assert_teaches_as_the_local_teacher(tmp_path, url, teacher, name, rtol):
-    flags = {"max_length": 100, **SERVED[name]}
-    local = train(tmp_path / f"{name} local", teacher=teacher, **flags)
-    served = train(tmp_path / f"{name} served", teacher=url, **flags)
-    for row in (*local, *served):
-        row.pop("teacher_entropy")  # of the buckets only, by the server
-    assert_same_curve(served, local, rtol)
-
-
 @pytest.mark.parametrize("name", SERVED)
-def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, scripted, name):
-    assert_teaches_as_the_local_teacher(tmp_path, URL, TEACHER, name, rtol=1e-2)
-    assert scripted.calls == 48, "a request for each document"
+def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, served, name):
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), **SERVED[name]}
+    local, remote = (train(tmp_path / teacher[-4:], teacher=teacher, **flags) for teacher in (TEACHER, URL))
+    for row in (*local, *remote):
+        row.pop("teacher_entropy")  # of the buckets only, by the server
+    assert_same_curve(remote, local, rtol=1e-2)
+    assert served.calls == 3, "one call for all documents of a step"
 
 
-@pytest.mark.parametrize("name", [*SERVED, "forward"])
-def test_what_a_server_says_is_not_rounded_in_bfloat16(tmp_path, scripted, monkeypatch, name):
+def test_what_a_server_says_is_not_rounded_in_bfloat16(tmp_path, served, monkeypatch):
     """FSDP casts what it finds in arguments; a log-prob of -5 in bfloat16 is wrong by up to 0.016."""
-    seen, divergence_stats = set(), gkd.divergence_stats
+    terms, rounded = gkd.distillation_terms, []
 
-    @functools.wraps(divergence_stats)
-    def watch(self, batch, said, *rest):
-        seen.update({said.logps_NB.dtype, said.label_logps_N.dtype})
-        return divergence_stats(self, batch, said, *rest)
+    def watch(logits_CV, labels_C, teacher_logps, label_logps_C, *rest):
+        rounded.extend(torch.equal(x, x.bfloat16().float()) for x in (teacher_logps, label_logps_C))
+        return terms(logits_CV, labels_C, teacher_logps, label_logps_C, *rest)
 
-    monkeypatch.setattr(gkd, "divergence_stats", watch)
-    flags = SERVED.get(name, {"teacher_top_k": 4, "beta": 0.0})
-    train(tmp_path, teacher=URL, dtype="bfloat16", max_length=100, **flags, max_steps=1)
-    assert seen == {torch.float32}
-
-
-def test_the_likeliest_token_may_be_none_where_only_the_sampled_one_counts():
-    said = [None, {"3": {"logprob": -2.0, "rank": 2}, "600": {"logprob": -0.5, "rank": 1}}]
-    given = np.array([1, 3]), np.array([False, True]), said
-    scores = gkd.TeacherServer(gkd.Args(teacher=URL, loss_type="sampled", lmbda=1.0), 99, 512).read_scores(
-        *given
-    )
-    assert scores.label_logps_N.tolist() == [-2.0]
-    with pytest.raises(EngineError, match=r"--teacher-top-k 1: .* is id 600, of no token"):
-        gkd.TeacherServer(gkd.Args(teacher=URL, teacher_top_k=1), 99, 512).read_scores(*given)
+    monkeypatch.setattr(gkd, "distillation_terms", watch)
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 16), "dtype": "bfloat16", "max_steps": 1}
+    train(tmp_path / "run", teacher=URL, teacher_top_k=4, **flags)
+    assert rounded == [False, False]
 
 
-def test_a_server_that_dies_stops_the_run_with_a_checkpoint(tmp_path, scripted):
-    flags = {"teacher": URL, "teacher_top_k": 4, "max_steps": 5}
-    straight, scripted.calls = train(tmp_path / "straight", **flags), 0
-    scripted.fails_at = 16 * 3
-    with pytest.raises(UserError, match=r"does not generate\nStopped after step 2, which is saved"):
-        train(tmp_path / "run", **flags)
-    gkd.dist.destroy_process_group()
-    scripted.fails_at = math.inf
-    with pytest.raises(UserError, match=r"--teacher was http.*, is "):
-        train(tmp_path / "run", resume=True, **flags | {"teacher": TEACHER})
-    gkd.dist.destroy_process_group()
-    flags["teacher"] = "http://127.0.0.1:9"  # it was started again elsewhere
-    assert train(tmp_path / "run", resume=True, **flags) == straight
-    train(tmp_path / "local", max_steps=1, save_every=1)
-    with pytest.raises(UserError, match=r"--teacher was .*, is http.*\n.*--teacher-top-k was 0, is 4"):
-        train(tmp_path / "local", resume=True, **{**flags, "max_steps": 1})
-    gkd.dist.destroy_process_group()
+def test_a_served_teacher_with_other_tokens_is_refused(tmp_path, served):
+    for change, message in TOKENIZERS.items():
+        served.tokenizer = load_tokenizer(str(copy_of(tmp_path / change.__name__, change=change)))
+        with pytest.raises(UserError, match=message.split(r"\[")[0].strip(": ")):
+            train(tmp_path / "run", teacher=URL, teacher_top_k=4)
+        gkd.dist.destroy_process_group()
+    served.tokenizer = load_tokenizer(TEACHER)
+    served.tokenizer.chat_template = served.tokenizer.chat_template.replace("<|im_end|>", "<|im_end|> ")
+    with pytest.raises(UserError, match="in their chat templates"):
+        train(tmp_path / "run", teacher=URL, teacher_top_k=4)
 
 
-def assert_samples_of(model, said, temperature=1.0):
-    """Answers that a teacher wrote are as likely as its own tokens are."""
-    documents = gkd.answer_documents([gkd.Answer(**one) for one in said])
-    model.token_stats = MethodType(gkd.token_stats, model)
-    with torch.no_grad():
-        stats = model.token_stats(collate(documents), temperature)
-    surprise = -stats.logps_N - stats.entropy_N  # 0 in expectation, for tokens that the model has sampled
-    assert abs(surprise.mean()) < 5 * surprise.std() / len(surprise) ** 0.5
+def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, served, monkeypatch):
+    flags = {"teacher": URL, "teacher_top_k": 4, "max_steps": 4, "lmbda": 0.6}
+    flags["dataset"] = rows_file(tmp_path / "rows.jsonl", 48)
+    straight, generate, calls = train(tmp_path / "straight", **flags), HFEngine.generate, []
+
+    def fragile(*inputs, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise EngineError("the engine is gone")
+        return generate(*inputs, **options)
+
+    for name in ("teacher", "engine"):
+        served.calls, served.fails_at = 0, 3 if name == "teacher" else math.inf
+        with monkeypatch.context() as patch:
+            patch.setattr(HFEngine, "generate", fragile if name == "engine" else generate)
+            with pytest.raises(UserError, match=rf"the {name} is gone\nThe run is saved as of step [1-3];"):
+                train(tmp_path / name, **flags)
+        gkd.dist.destroy_process_group()
+        served.fails_at = math.inf
+        assert train(tmp_path / name, resume=True, **flags) == straight
 
 
-@needs_vllm
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_server_of_ours_writes_the_teachers_samples(tmp_path):
-    """--seq-kd with a local teacher, an adapter: the server is started with its base, and gets it merged."""
-    adapter = make_adapter(tmp_path)
-    rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:64]
-    (tmp_path / "rows.jsonl").write_text("".join(rows))
-    flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "seq_kd": True, "lmbda": 0.0, "temperature": 0.8}
-    train(tmp_path / "run", teacher=adapter, engine="vllm", max_length=100, **flags)
-    (cache,) = (tmp_path / "run").glob("teacher-*.jsonl")
-    said = [json.loads(line) for line in cache.read_text().splitlines()]
-    assert len(said) == 64
-    model = AutoModelForCausalLM.from_pretrained(merge(tmp_path, adapter), attn_implementation="varlen")
-    assert_samples_of(model, said, temperature=0.8)
+# ---- Resume, flags, learning -------------------------------------------------------------------------------
 
 
-@needs_vllm
-@pytest.mark.vllm
-@pytest.mark.slow
-def test_a_server_teaches_as_the_local_teacher_does(tmp_path):
-    """Log-probs of given ids, likeliest tokens, samples; and what is refused, with the line that would do. The teacher is
-    the student moved by noise: vLLM's attention for CPUs has no heads of the size of the embedded teacher's."""
-    teacher = copy_of(tmp_path, "model")
-    model = AutoModelForCausalLM.from_pretrained(teacher, attn_implementation="varlen")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight += 0.1 * weight.std().nan_to_num(0) * torch.randn_like(weight)
-    model.save_pretrained(teacher)
-    needs = ServerNeeds(str(teacher), "float32", 512, "gloo", ("--max-logprobs", "8"))
-    running = VLLMServer(needs, log_path=tmp_path / "vllm.log", timeout=180.0)
-    try:
-        running.wait()
-        url = {"teacher": running.url, "max_length": 100}
-        for name in SERVED:
-            assert_teaches_as_the_local_teacher(tmp_path, running.url, str(teacher), name, rtol=2e-2)
-        tokenizer = load_tokenizer(TEACHER)
-        server = gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=8), 511, 512)
-        server.check(())
-        assert server.source == (str(teacher), str(teacher))
-        assert server.difference(tokenizer) == ""
-        other = load_tokenizer(str(copy_of(tmp_path, change=swap_two_ids)))
-        assert server.difference(other).startswith("ids, the first of which is 300: ")
-        other = load_tokenizer(str(copy_of(tmp_path / "less", change=drop_last_id)))
-        assert server.difference(other).startswith("ids, the first of which is 511: '' and '")
-        other = load_tokenizer(str(copy_of(tmp_path / "bytes", change=swap_two_bytes)))
-        assert server.difference(other).startswith("the ids of ")
-        other = load_tokenizer(TEACHER)
-        other.chat_template = other.chat_template.replace("<|im_end|>", "<|im_end|> ")
-        assert server.difference(other).startswith("the chat template: ")
-        for k, longest, message in (
-            (9, 511, r"--max-logprobs[\s\S]*Start it with\n.* --max-logprobs 20 --max-model-len 512"),
-            (8, 512, r"its --max-model-len, 512, must be above --max-length, which is 512"),
-        ):
-            with pytest.raises(UserError, match=message):
-                gkd.TeacherServer(gkd.Args(teacher=running.url, teacher_top_k=k), longest, 512).check(())
-
-        rows = (ASSETS / "prompts.jsonl").read_text().splitlines(keepends=True)[:32]
-        (tmp_path / "rows.jsonl").write_text("".join(rows))
-        flags = {"dataset": (str(tmp_path / "rows.jsonl"),), "seq_kd": True, "lmbda": 0.0, "teacher_top_k": 4}
-        train(tmp_path / "seq", **url, **flags)
-        (cache,) = (tmp_path / "seq").glob("teacher-*.jsonl")
-        said = [json.loads(line) for line in cache.read_text().splitlines()]
-        assert all(one["is_finished"] == (one["ids"][-1] == tokenizer.eos_token_id) for one in said)
-        assert_samples_of(model, said)
-    finally:
-        running.stop()
-    with pytest.raises(UserError, match="does not answer"):
-        train(tmp_path / "gone", **url, teacher_top_k=8, vllm_timeout=1.0)
-
-
-# ---- Resume ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags", [{}, {"lora_rank": 4, "seq_kd": True, "dataset": None}], ids=["defaults", "lora, seq-kd"]
-)
+@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "seq_kd": True}], ids=["defaults", "lora, seq-kd"])
 def test_resume_is_exact(tmp_path, flags):
-    if "dataset" in flags:
-        lines = (ASSETS / "messages.jsonl").read_text().splitlines(keepends=True)[:48]
-        (tmp_path / "rows.jsonl").write_text("".join(lines))
-        flags = {**flags, "dataset": (str(tmp_path / "rows.jsonl"),)}
-    eval_path = tmp_path / "eval.jsonl"
-    eval_path.write_text("".join((ASSETS / "messages_eval.jsonl").read_text().splitlines(keepends=True)[:50]))
-    flags = {**flags, "eval_dataset": (str(eval_path),), "eval_every": 3, "max_steps": 7}
+    """Over the end of an epoch, with held-out metrics, from a checkpoint before the last step that was logged."""
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), **flags, "eval_every": 3, "max_steps": 6}
+    flags |= {"eval_dataset": rows_file(tmp_path / "eval.jsonl", 20)}
     straight = train(tmp_path / "straight", **flags)
-    train(tmp_path / "resumed", save_every=2, keep_checkpoints=9, **flags)
-    for checkpoint in (tmp_path / "resumed").glob("checkpoint-*"):
-        if int(checkpoint.name[-2:]) > 4:
-            (checkpoint / "progress.json").unlink()
-    assert train(tmp_path / "resumed", save_every=2, keep_checkpoints=9, resume=True, **flags) == straight
-    said = [(tmp_path / name / "completions.jsonl").read_text() for name in ("straight", "resumed")]
-    assert said[0] == said[1] != ""
-    if "lora_rank" not in flags:
-        for name, weight in weights(tmp_path / "straight").items():
-            assert torch.equal(weights(tmp_path / "resumed")[name], weight)
+    train(tmp_path / "resumed", save_every=2, **flags)
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000006")
+    assert train(tmp_path / "resumed", save_every=2, resume=True, **flags) == straight
+    assert answers_of(tmp_path / "straight") == answers_of(tmp_path / "resumed") != []
+    for name, weight in weights(tmp_path / "straight").items():
+        assert torch.equal(weights(tmp_path / "resumed")[name], weight)
 
 
-# ---- Bad input -------------------------------------------------------------------------------------------------------
-
-BAD_FLAGS = {
-    "beta": ({"beta": 1.5}, "--beta is 1.5; it must be from 0 to 1"),
-    "lmbda": ({"lmbda": -0.1}, "--lmbda is -0.1; it must be from 0 to 1"),
-    "temperature": ({"temperature": 0.0}, "--temperature is 0.0; it must be above 0"),
-    "top k": ({"teacher_top_k": -1}, "--teacher-top-k is -1"),
-    "sampled off policy": ({"loss_type": "sampled"}, "--lmbda 0.5 trains on others too; add --lmbda 1"),
-    "sampled with beta": ({"loss_type": "sampled", "lmbda": 1.0, "beta": 1.0}, "--beta does not apply"),
-    "seq-kd that is never used": ({"seq_kd": True, "lmbda": 1.0}, "--seq-kd does not apply"),
-    "an engine for nothing": ({"lmbda": 0.0, "engine": "vllm"}, "--engine does not apply .* --lmbda above 0"),
-    "a server's temperature": ({"teacher": URL, "temperature": 0.9}, "--temperature 0.9 needs a local --teacher"),
-    "a server's whole": ({"teacher": URL}, "gives no whole distributions; add --teacher-top-k 20"),
-    "no server": ({"teacher": URL, "teacher_top_k": 9, "vllm_timeout": 0.5, "max_length": 64},
-                  r"does not answer[\s\S]*--max-logprobs 20 --max-model-len 65"),
-    "an engine for a server's samples": (
-        {"teacher": URL, "teacher_top_k": 9, "seq_kd": True, "lmbda": 0.0, "engine": "vllm"},
-        "--engine does not apply .* --seq-kd with a local --teacher",
-    ),
-    "answers that nobody reads": ({"lmbda": 1.0, "loss_on": "all"}, "--loss-on does not apply"),
-    "the teacher's answers instead": ({"lmbda": 0.0, "seq_kd": True, "overflow": "error"}, "--overflow does not apply"),
-    "a top k of all": ({"teacher_top_k": 512}, "--teacher-top-k 512 is not below the 512 ids"),
-    "no room in a micro-batch": (
-        {"micro_batch_tokens": 30},
-        r"more than --micro-batch-tokens 30; the smallest value that works is \d\d$",
-    ),
-    "no room": ({"max_completion_length": 9000}, "--max-completion-length 9000 leaves no room"),
-    "no teacher": ({"teacher": "/nowhere"}, "--teacher /nowhere: its config cannot be loaded"),
-}  # fmt: skip
+BAD_FLAGS = [
+    ({"beta": 1.5, "lmbda": -0.1}, r"--beta is 1.5; it must be .* 0 .* 1\n *--lmbda is -0.1"),
+    ({"temperature": -1.0}, "--temperature is -1.0"),
+    ({"teacher_top_k": -1}, "--teacher.top.k is -1"),
+    ({"loss_type": "sampled"}, "--loss-type sampled needs --lmbda 1"),
+    ({"loss_type": "sampled", "lmbda": 1.0, "beta": 1.0}, "--beta has no effect"),
+    ({"seq_kd": True, "lmbda": 1.0}, "--seq-kd has no effect"),
+    ({"lmbda": 0.0, "engine": "vllm"}, "--engine has no effect"),
+    ({"lmbda": 0.0, "max_completion_length": 9}, "--max-completion-length has no effect"),
+    ({"teacher": URL, "temperature": 0.9}, "server's log-probs have --temperature 1"),
+    ({"teacher": URL}, "gives no whole distributions; add --teacher-top-k 20"),
+    ({"lmbda": 1.0, "loss_on": "all"}, "--loss-on has no effect"),
+    ({"teacher_top_k": 512}, "--teacher-top-k 512 is not below the vocabulary, 512"),
+    ({"max_completion_length": 100}, "--max-completion-length 100 leaves no room for prompts"),
+    ({"teacher": "/nowhere"}, "/nowhere"),
+]
 
 
-@pytest.mark.parametrize("name", BAD_FLAGS)
-def test_bad_flags(tmp_path, name):
-    flags, message = BAD_FLAGS[name]
-    with pytest.raises(UserError, match=message):
+@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=str)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises((UserError, OSError), match=message):
         train(tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()
-
-
-def test_a_server_for_the_teachers_samples_is_ours_beside_given_ones():
-    """--vllm-url are the student's, so that flags of started servers count."""
-    given = gkd.Args(engine="vllm", vllm_url=(URL,), vllm_gpu_memory_utilization=0.7, seq_kd=True)
-    gkd.check_args(given)
-    with pytest.raises(UserError, match="--vllm-gpu-memory-utilization does not apply"):
-        gkd.check_args(replace(given, seq_kd=False))
 
 
 @pytest.mark.learn
@@ -1239,8 +526,7 @@ def test_a_server_for_the_teachers_samples_is_ours_beside_given_ones():
 def test_default_run_learns(tmp_path, flags):
     """In at most three minutes, from about half of the held-out sums to nine in ten."""
     began = time.time()
-    words = command("gkd.py", *flags, "--output-dir", tmp_path / "run")
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    result = run("gkd.py", *flags, "--output-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-2000:]
     assert time.time() - began < 180 * float(os.environ.get("TIME_FACTOR", 1))
     rows = {row["step"]: row for row in metrics_of(tmp_path / "run") if "eval/exact_match" in row}
