@@ -1,12 +1,13 @@
 """Environments: exact tokens over several turns, tool calls, processes that hang or die, seeds, and whole runs."""
 
 import copy
+import functools
 import json
 import math
 import re
 import time
-from dataclasses import replace
 
+import conftest
 import numpy as np
 import pytest
 import torch
@@ -63,9 +64,8 @@ class Script:
 def play(worker, turns, rows=({},), num_samples=2, max_turns=8, max_length=2000, max_new=1000):
     """Play scripted turns in an environment -> the groups of Samples and the engine."""
     user = {"role": "user", "content": "Go."}
-    rows = [
-        common.encode_prompt({"prompt": [user], **row}, EMBEDDED, 500, tools=worker.tools) for row in rows
-    ]
+    encode = functools.partial(common.encode_prompt, tokenizer=EMBEDDED, max_length=500, tools=worker.tools)
+    rows = [encode({"prompt": [user], **row}) for row in rows]
     keys, engine = [(0, 0, place) for place in range(len(rows))], Script(turns)
     limits = max_turns, max_length, max_new
     return common.play_episodes(engine, worker, EMBEDDED, rows, keys, num_samples, limits, 1.0, STOP), engine
@@ -310,15 +310,11 @@ def test_environments_that_are_none_are_refused(name, message):
 
 def train(output_dir, rows, **flags):
     """grpo.py in this process, with few samples -> metrics, samples."""
-    short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "num_generations": 4, "max_steps": 2}
-    output_dir.mkdir(exist_ok=True)
-    short |= {
-        "dataset": (write_rows(output_dir / "rows.jsonl", rows),),
-        "output_dir": str(output_dir / "run"),
-    }
-    grpo.main(replace(grpo.Args(), **{**short, **flags}))
+    flags = {"num_generations": 4, "max_steps": 2, "rewards": ("environment",), **flags}
+    data = write_rows(output_dir / "rows.jsonl", rows)
+    metrics = conftest.train(grpo, output_dir / "run", dataset=(data,), **flags)
     said = (output_dir / "run" / "completions.jsonl").read_text().splitlines()
-    return read_metrics(output_dir / "run"), [json.loads(line) for line in said]
+    return metrics, [json.loads(line) for line in said]
 
 
 def scripted(monkeypatch, turns):
@@ -350,41 +346,28 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
         return f"{2 + wrong}" if turn else hermes("add", a=1, b=1 + wrong) + "x" * key[3]
 
     script = scripted(monkeypatch, turns)
-    flags = {
-        "micro_batch_tokens": 300,
-        "max_length": 300,
-        "max_completion_length": 150,
-        "beta": 0.1,
-        "num_iterations": 2,
-    }
-    metrics, said = train(tmp_path, prompts(8), environment=CALCULATOR, rewards=("environment",), **flags)
-    for row in metrics[:1]:  # only on the same tokens, after the same ones, do sampler and trainer agree
-        assert row["sampling/sampling_logp_difference/mean"] < 1e-4
-        assert row["kl"] == pytest.approx(0, abs=1e-6)
-    first, sampled = metrics[0], [len(ids) for *_, ids in script.seen]
+    flags = {"micro_batch_tokens": 300, "max_length": 300, "max_completion_length": 150, "num_iterations": 2}
+    (first, _), said = train(tmp_path, prompts(8), environment=CALCULATOR, beta=0.1, **flags)
+    sampled = [len(ids) for *_, ids in script.seen]
+    # Only on the same tokens, after the same ones, do sampler and trainer agree.
+    assert first["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert first["kl"] == pytest.approx(0, abs=1e-6)
     assert (first["tools/call_frequency"], first["tools/failure_frequency"], first["turns/mean"]) == (1, 0, 2)
     assert first["rewards/environment/mean"] == 0.5
     assert first["tokens"] == sum(sampled)
     assert first["completions/mean_length"] == sum(sampled) / 8
-    call = hermes("add", a=1, b=1)
-    assert (
-        said[0]["completion"]
-        == f"{call}<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
-    )
+    result = "<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n2<|im_end|>"
+    assert said[0]["completion"] == hermes("add", a=1, b=1) + result
     assert said[0]["rewards"] == {"environment": 1.0}
     assert said[0]["advantage"] > 0 > said[1]["advantage"]
 
 
 def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
-    (tmp_path / "r.py").write_text(
-        "def r(completions, **_):\n    return [len(c[-1]['content']) for c in completions]\n"
-    )
-    scripted(
-        monkeypatch, lambda key, turn: hermes("go_wrong", how="hang") if key[3] == 3 else "nan"[key[3] :]
-    )
-    flags = {"environment": ECHO, "reward_timeout": 1.0, "max_steps": 1}
-    flags |= {"max_completion_length": 200, "rewards": ("environment", f"{tmp_path / 'r.py'}:r")}
-    (row,), said = train(tmp_path / "runs", prompts(2), **flags)
+    hang = hermes("go_wrong", how="hang")
+    scripted(monkeypatch, lambda key, turn: hang if key[3] == 3 else "nan"[key[3] :])
+    flags = {"environment": ECHO, "reward_timeout": 1.0, "max_steps": 1, "max_completion_length": 200}
+    rewards = ("environment", f"{ASSETS / 'rewards.py'}:length")
+    (row,), said = train(tmp_path, prompts(2), rewards=rewards, **flags)
     assert row["failed_rewards"] == 2
     assert [one["advantage"] is None for one in said] == [False, False, False, True] * 2
     assert [*said[0]["rewards"].values()] == [0.0, 3.0]
@@ -393,22 +376,17 @@ def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
 
 def test_a_run_plays_2048(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "Play."}]}] * 6
-    _, said = train(
-        tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048", rewards=("environment",)
-    )
+    _, said = train(tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048")
     boards = [one["prompt"] for one in said]
     assert all("Play.\nscore=0\n" in board for board in boards)
-    assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [
-        1
-    ] * 4  # the same in a group
+    assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [1] * 4  # a group's
     assert len(set(boards)) == 4
     assert all(one["rewards"] == {"environment": 0.0} for one in said)  # the model has never seen a tool
 
 
 def test_an_environment_needs_messages(tmp_path):
     with pytest.raises(UserError, match="messages"):
-        train(tmp_path, [{"prompt": "a"}] * 4, environment=CALCULATOR, rewards=("environment",))
-    assert not (tmp_path / "run").exists()
+        train(tmp_path, [{"prompt": "a"}] * 4, environment=CALCULATOR)
 
 
 @pytest.mark.learn

@@ -1,5 +1,6 @@
 """Rewards: answers that are right and wrong, each function against hand-computed values and TRL's, and those that fail."""
 
+import contextlib
 import json
 import math
 import random
@@ -12,34 +13,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import trl.rewards
 from conftest import ASSETS, train, write_rows
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BloomConfig,
-    BloomForSequenceClassification,
-)
-from trl.rewards import (
-    accuracy_reward,
-    get_cosine_scaled_reward,
-    get_repetition_penalty_reward,
-    get_soft_overlong_punishment,
-    think_format_reward,
-)
+from transformers import AutoModelForSequenceClassification as Classifier
+from transformers import AutoTokenizer, BloomConfig, BloomForSequenceClassification
 
 import common
 import grpo
 import reward_model as rm
-from common import (
-    RewardWorker,
-    Sample,
-    UserError,
-    accuracy,
-    as_number,
-    check_reward_columns,
-    load_reward,
-    think_format,
-)
+from common import RewardWorker, Sample, UserError, accuracy, load_reward
+
+REWARDS = str(ASSETS / "rewards.py")
 
 
 def messages(*texts):
@@ -105,7 +89,7 @@ def test_answer_or_else_solution_or_none():
     found = accuracy(["1", "2", "3", "4"], [1, None, None, 5.0], solution=[2, r"so \boxed{2}", None, 4])
     assert found == [1, 1, None, 0]
     assert accuracy(["1"]) == [None]
-    assert as_number("0.1") * 3 == as_number("0.3")
+    assert common.as_number("0.1") * 3 == common.as_number("0.3")
 
 
 def test_accuracy_equals_trls():
@@ -115,7 +99,7 @@ def test_accuracy_equals_trls():
     pairs = [(said, gold) for said in pool for gold in pool]
     said = [rf"So it is $\boxed{{{said}}}$." for said, _ in pairs]
     golds = [rf"$\boxed{{{gold}}}$" for _, gold in pairs]
-    expected, found = accuracy_reward(messages(*said), golds), accuracy(said, golds)
+    expected, found = trl.rewards.accuracy_reward(messages(*said), golds), accuracy(said, golds)
     assert [pair for pair, ours, theirs in zip(pairs, found, expected, strict=True) if ours != theirs] == []
     assert sum(found) > len(pool)
 
@@ -127,12 +111,14 @@ def test_format_equals_trls_and_wants_an_answer():
     """The opening tag may stand in the prompt."""
     rng, parts = random.Random(0), ["<think>", "</think>", "why", "\n", "42", " "]
     said = ["".join(rng.choices(parts, k=rng.randint(1, 6))) for _ in range(500)]
-    theirs = think_format_reward(messages(*("<think>" + text.removeprefix("<think>") for text in said)))
+    theirs = trl.rewards.think_format_reward(
+        messages(*("<think>" + text.removeprefix("<think>") for text in said))
+    )
     answered = [bool(text.partition("</think>")[2].strip()) for text in said]
-    found = think_format(said)
+    found = common.think_format(said)
     assert found == [float(one and has) for one, has in zip(theirs, answered, strict=True)]
     assert 20 < sum(found) < 480
-    assert think_format(messages("two and three\n</think>\n5", "5")) == [1, 0]
+    assert common.think_format(messages("two and three\n</think>\n5", "5")) == [1, 0]
 
 
 RNG = random.Random(0)
@@ -142,12 +128,12 @@ THIRDS = [r"\frac{1}{3}"] * len(IDS)
 
 
 @pytest.mark.parametrize(("name", "expected"), [
-    ("repetition", get_repetition_penalty_reward()(IDS)),
-    ("repetition:1", get_repetition_penalty_reward(1)(IDS)),
-    ("repetition:5", get_repetition_penalty_reward(5)(IDS)),
-    ("overlong:1", get_soft_overlong_punishment(30, 1)(IDS)),
-    ("overlong:30", get_soft_overlong_punishment(30, 30)(IDS)),
-    ("cosine", get_cosine_scaled_reward(30)(messages(*HALVES), THIRDS, IDS)),
+    ("repetition", trl.rewards.get_repetition_penalty_reward()(IDS)),
+    ("repetition:1", trl.rewards.get_repetition_penalty_reward(1)(IDS)),
+    ("repetition:5", trl.rewards.get_repetition_penalty_reward(5)(IDS)),
+    ("overlong:1", trl.rewards.get_soft_overlong_punishment(30, 1)(IDS)),
+    ("overlong:30", trl.rewards.get_soft_overlong_punishment(30, 30)(IDS)),
+    ("cosine", trl.rewards.get_cosine_scaled_reward(30)(messages(*HALVES), THIRDS, IDS)),
 ])  # fmt: skip
 def test_rewards_equal_trls(name, expected):
     found = load_reward(name, 30)(completions=HALVES, completion_ids=IDS, answer=THIRDS)
@@ -200,7 +186,7 @@ def judge(tmp_path_factory):
     """final/ of reward_model.py after three steps, and that model as transformers loads it."""
     run = tmp_path_factory.mktemp("judge") / "run"
     train(rm, run, learning_rate=1e-2)
-    return str(run / "final"), AutoModelForSequenceClassification.from_pretrained(run / "final").eval()
+    return str(run / "final"), Classifier.from_pretrained(run / "final").eval()
 
 
 def dynamic(model):
@@ -216,16 +202,14 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
     rng = random.Random(0)
     prompts = [row["prompt"] if index % 3 else "1+1=" * rng.randint(1, 9) for index, row in enumerate(rows)]
     texts = [str(rng.randrange(10 ** rng.randint(1, 30))) for _ in rows]
-    said = [
-        text if isinstance(prompt, str) else messages(text)[0]
-        for text, prompt in zip(texts, prompts, strict=True)
-    ]
+    pairs = zip(prompts, texts, strict=True)
+    said = [text if isinstance(prompt, str) else messages(text)[0] for prompt, text in pairs]
     expected = scores_of(model, path, prompts, said)
     assert max(expected) - min(expected) > 0.01
-    load, packings, split = AutoModelForSequenceClassification.from_pretrained, set(), common.split_batch
+    load, packings, split = Classifier.from_pretrained, set(), common.split_batch
     if rope:
         loading = lambda *a, **k: (lambda model, info: (dynamic(model), info))(*load(*a, **k))  # noqa: E731
-        monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", loading)
+        monkeypatch.setattr(Classifier, "from_pretrained", loading)
     monkeypatch.setattr(common, "split_batch", lambda *args: packings.add(args[3]) or split(*args))
     common.load_judge.cache_clear()
     reward = load_reward(f"reward-model:{path}")
@@ -238,13 +222,12 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
 
 def test_reward_model_that_leaks_between_rows_scores_each_alone(tmp_path):
     """BLOOM's own attention does, and a new head's scores hide it from any tolerance for rounding."""
-    config = BloomConfig(
-        vocab_size=512, hidden_size=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=0, eos_token_id=2
-    )
+    sizes = {"vocab_size": 512, "hidden_size": 32, "n_layer": 2, "n_head": 2, "num_labels": 1}
+    config = BloomConfig(**sizes, pad_token_id=0, eos_token_id=2)
     torch.manual_seed(0)
     BloomForSequenceClassification(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path)
-    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    model = Classifier.from_pretrained(tmp_path).eval()
     prompts, said = ["1+1=", "20+22=", "3+4="] * 4, [str(n) for n in range(12)]
     values = load_reward(f"reward-model:{tmp_path}")(prompts=prompts, completions=said)
     assert values == pytest.approx(scores_of(model, tmp_path, prompts, said), abs=1e-6)
@@ -252,55 +235,50 @@ def test_reward_model_that_leaks_between_rows_scores_each_alone(tmp_path):
 
 # ---- Names, columns, runs --------------------------------------------------------------------------------------------
 
-KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, environment, format, json-schema, overlong, regex, repetition, "
-KNOWN += "reward-model"
+KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, format, json-schema, "
 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("nowhere.py:f", f"--rewards nowhere.py:f: .*there is no file.* {KNOWN}"),
     ("accurate", f"--rewards accurate: .*there is no file.* {KNOWN}"),
     ("accuracy:1", f"--rewards accuracy:1: .*takes no argument.* {KNOWN}"),
-    ("{}:missing", "has no attribute 'missing'"),
-    ("{}.bad.py:f", "SyntaxError"),
+    (f"{REWARDS}:missing", "has no attribute 'missing'"),
+    ("{}:f", "SyntaxError"),
     ("regex:(", r"--rewards regex:\(: .*missing \)"),
     ("repetition:0", "N must be 1 or more"),
     ("repetition:two", "invalid literal for int"),
     ("overlong", "invalid literal for int"),
     ("overlong:65", "CACHE must be from 1 to 64"),
     ("json-schema:nowhere.json", "No such file"),
-    ("json-schema:{}", "JSONDecodeError"),
-    ("json-schema:{}.json", "'numbr' is not valid"),
+    (f"json-schema:{REWARDS}", "JSONDecodeError"),
+    ("json-schema:{}", "'numbr' is not valid"),
     ("reward-model:nowhere", "--rewards reward-model:nowhere: "),
     (f"reward-model:{ASSETS / 'model'}", "it is no model with one label"),
 ])  # fmt: skip
-def test_rewards_that_do_not_exist_are_refused(bad_rewards, name, message):
-    bad_rewards.with_name("rewards.py.json").write_text('{"type": "numbr"}')
-    bad_rewards.with_name("rewards.py.bad.py").write_text("def f(:")
+def test_rewards_that_do_not_exist_are_refused(tmp_path, name, message):
+    bad = tmp_path / "bad.py"
+    bad.write_text('{"type": "numbr"}' if "schema" in name else "def f(:")
     with pytest.raises(UserError, match=message):
-        load_reward(name.format(bad_rewards), 64)
+        load_reward(name.format(bad), 64)
 
 
 @pytest.mark.parametrize(("names", "rows", "message"), [
-    (["accuracy", "cosine"], [{"question": "a", "answer": None}, {"solution": 3}], None),
-    (["format", "regex:a"], [{"question": "a"}], None),
+    (["accuracy", "cosine"], [{"question": "a", "answer": None}, {"solution": 3}], ""),
+    (["format", "regex:a"], [{"question": "a"}], ""),
     (["format", "accuracy"], [{"question": "a", "answer": None}], "need a column `answer` or `solution`; the data has .*'question'"),
     (["cosine"], [{}], "need a column"),
     (["format"], [{"answer": "1"}, {"prompts": "x"}], "rename these columns"),
     (["format"], [{"completions": "x"}], "rename these columns"),
 ])  # fmt: skip
 def test_columns_that_rewards_need(names, rows, message):
-    rows = [json.dumps(row) for row in rows]
-    if message is None:
-        return check_reward_columns(names, rows)
-    with pytest.raises(UserError, match=message):
-        check_reward_columns(names, rows)
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+        common.check_reward_columns(names, [json.dumps(row) for row in rows])
 
 
 def test_a_run_without_the_column_is_refused(tmp_path):
     data = write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "label": "2"}])
-    with pytest.raises(UserError, match=r"need a column `answer` or `solution`; the data has .*label"):
+    with pytest.raises(UserError, match="need a column"):
         train(grpo, tmp_path / "run", dataset=(data,))
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_with_several_rewards(tmp_path):
@@ -316,113 +294,63 @@ def test_a_run_with_several_rewards(tmp_path):
 
 # ---- Rewards that fail -----------------------------------------------------------------------------------------------
 
-BAD_REWARD = """
-from __future__ import annotations
-import asyncio, math, multiprocessing, os, subprocess, time
-from dataclasses import dataclass
 
-def good(completions, bonus, **_):
-    return [len(text) + extra for text, extra in zip(completions, bonus)]
-
-async def slow_but_right(completions, **_):
-    await asyncio.sleep(0.01)
-    return [1.0] * len(completions)
-
-def bad(completions, **_):
-    values = []
-    for text in completions:
-        if text == "hang":
-            subprocess.Popen(["sleep", "600"])
-            time.sleep(60)
-        if text == "crash":
-            os._exit(3)
-        if text == "raise":
-            raise RuntimeError("no")
-        values += [{"nan": math.nan, "inf": math.inf, "none": None}.get(text, 0.5)]
-    return values + [0.0] * completions.count("count")
-
-def mapping(completions, **_):
-    return {index: 1.0 for index in range(len(completions))}
-
-def has_processes(completions, **_):
-    with multiprocessing.Pool(1) as pool:
-        return pool.map(float, [len(text) for text in completions])
-
-def hangs(completions, **_):
-    time.sleep(60)
-
-@dataclass
-class Row:
-    x: int
-"""
-
-
-@pytest.fixture
-def bad_rewards(tmp_path):
-    path = tmp_path / "rewards.py"
-    path.write_text(BAD_REWARD)
-    return path
+@contextlib.contextmanager
+def judging(*names, timeout=10.0):
+    worker = RewardWorker(names, timeout, 64)
+    yield worker
+    worker.stop()
+    assert not worker.process.is_alive()
 
 
 def judged(worker, texts, **columns):
     """Judge completions -> rewards, and failures without the reward's name."""
     samples = [Sample([1], [1] * len(text), raw_prompt="p", raw_completion=text) for text in texts]
-    rows = [{name: values[place] for name, values in columns.items()} for place in range(len(texts))]
-    worker(rows, samples)
-    return [s.rewards for s in samples], [re.sub(r"^.*:\w+: ", "", s.failure) for s in samples]
+    worker(
+        [{name: values[place] for name, values in columns.items()} for place in range(len(texts))], samples
+    )
+    return [s.rewards for s in samples], [re.sub(r"^(.*:)?\w+: ", "", s.failure) for s in samples]
 
 
-def test_rewards_that_fail_cost_only_the_samples_to_blame(bad_rewards):
+def test_rewards_that_fail_cost_only_the_samples_to_blame():
     """Each sample has one failure, however many rewards fail on it."""
-    names = [f"{bad_rewards}:{name}" for name in ("good", "bad", "slow_but_right", "bad")]
-    worker = RewardWorker(names, 1.0, 64)
-    process = worker.process.pid
-    try:
-        said = ["fine", "hang", "crash", "raise", "nan", "none", "inf", "count", "also fine"]
+    names = [f"{REWARDS}:{name}" for name in ("good", "bad", "slow_but_right", "bad")]
+    with judging(*names, timeout=1.0) as worker:
+        process, said = (
+            worker.process.pid,
+            ["fine", "hang", "crash", "raise", "nan", "none", "inf", "count", "x"],
+        )
         rewards, failures = judged(worker, said, bonus=range(9))
         too_many = "TypeError('it returned [0.5, 0.0]; it must be a list, a number for each completion')"
-        expected = ["", "timeout", "crash", "RuntimeError('no')", "nan", "", "inf", too_many, ""]
-        assert failures == expected
+        assert failures == ["", "timeout", "crash", "RuntimeError('no')", "nan", "", "inf", too_many, ""]
         assert rewards[0] == [4 + 0, 0.5, 1, 0.5]
-        assert rewards[8] == [9 + 8, 0.5, 1, 0.5]
+        assert rewards[8] == [1 + 8, 0.5, 1, 0.5]
         np.testing.assert_array_equal(rewards[5], [4 + 5, np.nan, 1, np.nan])  # None is no failure
         assert np.isnan([rewards[place] for place in (1, 2, 3, 4, 6, 7)]).all()
         assert "missing 1 required positional argument: 'bonus'" in judged(worker, ["fine"])[1][0]
         assert worker.process.pid != process
-    finally:
-        worker.stop()
-    assert not worker.process.is_alive()
 
 
-def test_a_reward_that_always_hangs_ends_soon(bad_rewards):
-    worker = RewardWorker([f"{bad_rewards}:hangs"], 0.05, 64)
-    try:
+def test_a_reward_that_always_hangs_ends_soon():
+    with judging(f"{REWARDS}:hangs", timeout=0.05) as worker:
         began = time.perf_counter()
         assert judged(worker, ["x"] * 300)[1] == ["timeout"] * 300
         assert time.perf_counter() - began < 10  # 15 seconds of deadlines alone, else
-    finally:
-        worker.stop()
 
 
-def test_rewards_that_start_processes_or_return_no_list(bad_rewards):
-    worker = RewardWorker([f"{bad_rewards}:has_processes", f"{bad_rewards}:mapping"], 10.0, 64)
-    try:
+def test_rewards_that_start_processes_or_return_no_list():
+    with judging(f"{REWARDS}:has_processes", f"{REWARDS}:mapping") as worker:
         assert "returned {0: 1.0}" in judged(worker, ["four"])[1][0]
         assert worker.ask((0, {"completions": ["four", "three"]}), 10.0) == ("ok", [4, 5])
-    finally:
-        worker.stop()
 
 
 def test_a_formula_that_never_ends_costs_one_sample_and_its_deadline():
-    worker = RewardWorker(["accuracy"], 2.0, 64)
-    try:
+    with judging("accuracy", timeout=2.0) as worker:
         worker.ask((0, {"completions": ["x^2"], "answer": ["y^2"]}), 60.0)  # imports math-verify
         said = ["42", r"\boxed{9^{9^{9^{9}}}}", "$42$", "43"]
         rewards, failures = judged(worker, said, answer=["42"] * 4)
-        assert failures == ["", "accuracy: timeout", "", ""]
+        assert failures == ["", "timeout", "", ""]
         assert [row[0] for row in rewards if row[0] == row[0]] == [1, 1, 0]
-    finally:
-        worker.stop()
 
 
 def is_running(pid):
