@@ -119,7 +119,7 @@ def trl_loss(trl_batch, args):
 def our_loss(trl_batch, args):
     """The same by the functions that main calls, each pair in a micro-batch of its own, but for losses that sort."""
     documents, policy, reference, _ = trl_batch
-    size = len(documents) if dpo.SORTING & {*args.loss_type} else 2
+    size = len(documents) if {*dpo.SORTING} & {*args.loss_type} else 2
     policy.zero_grad()
     total, mean_length = 0.0, np.mean([sum(mask) for _, mask in documents[0::2]])
     for first in range(0, len(documents), size):
@@ -127,7 +127,7 @@ def our_loss(trl_batch, args):
         place = batch.documents_N, size // 2
         with torch.no_grad():
             ref_logps_P2 = dpo.sum_logps(dpo.token_stats(reference, batch)[0], *place, args.ld_alpha)
-        function = dpo.with_sum_sq if args.use_weighting else dpo.per_token
+        function = dpo.with_sum_sq if args.use_weighting else dpo.PerToken.apply
         pairs = dpo.pair_stats(dpo.token_stats(policy, batch, function), place[0], ref_logps_P2, args)
         loss = dpo.dpo_loss(pairs, args, mean_length).sum() / (len(documents) // 2)
         loss.backward()
@@ -252,7 +252,8 @@ def test_rdpo_allows_the_shorter_of_two_equally_good_answers():
 def test_extremes_stay_finite():
     """discopop, where TRL's exponential overflows, and orpo, where the policy is certain of an answer."""
     logps_P = torch.tensor([-300.0, -0.5], dtype=torch.float64, requires_grad=True)
-    loss_P = dpo.dpo_loss(pairs_of(logps_P, [-1.0] * 2, [-1.0] * 2, [-1.0] * 2, [5] * 2, [5] * 2), dpo.Args(loss_type=("discopop",)), None)  # fmt: skip
+    pairs = pairs_of(logps_P, [-1.0] * 2, [-1.0] * 2, [-1.0] * 2, [5] * 2, [5] * 2)
+    loss_P = dpo.dpo_loss(pairs, dpo.Args(loss_type=("discopop",)), None)
     loss_P.sum().backward()
     assert loss_P[0].item() == pytest.approx(29.9, abs=0.01)
     assert logps_P.grad[0].item() == pytest.approx(-0.1, abs=1e-3)
@@ -401,23 +402,7 @@ def pair(prompt, chosen, rejected):
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-BAD_ROWS = {
-    "a number": (pair("a", 1, "b"), r"row 1.*`chosen`"),
-    "a ranking": ({"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 3]}, r"row 1.*chosen"),
-    "all dropped": (pair("a", "b", "b"), r"no row is left.*identical sides"),
-    "empty side": (pair("a", "b", " "), r"no row is left.*an empty side"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_ROWS)
-def test_bad_rows(tmp_path, name):
-    row, message = BAD_ROWS[name]
-    with pytest.raises(UserError, match=f"(?s){message}"):
-        train(tmp_path / "run", dataset=write_rows(tmp_path / "rows.jsonl", [row]))
-    assert not (tmp_path / "run").exists()
-
-
-BAD_FLAGS = {
+BAD = {
     "no loss": ({"loss_type": ()}, r"--loss.type"),
     "a loss twice": ({"loss_type": ("sft", "sft")}, r"--loss.type"),
     "weights of another number": ({"loss_weights": (1.0, 2.0)}, r"--loss.weights"),
@@ -436,12 +421,17 @@ BAD_FLAGS = {
     "penalty without rdpo": ({"rdpo_alpha": 1.0}, r"--rdpo.alpha"),
     "precompute none": ({"loss_type": ("cpo", "sft"), "precompute_ref_log_probs": True}, r"--precompute.ref.log.probs"),
     "pairs too long": ({"micro_batch_tokens": 20}, r"tokens.*--micro.batch.tokens"),
+    "a row is a ranking": ({"dataset": {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 3]}}, r"(?s)row 1.*chosen and rejected"),
+    "a row's side is a number": ({"dataset": pair("a", 1, "b")}, r"(?s)row 1.*`chosen`"),
+    "all rows dropped": ({"dataset": pair("a", "b", "b")}, r"no row is left.*identical sides"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD_FLAGS)
-def test_bad_flags(tmp_path, name):
-    flags, message = BAD_FLAGS[name]
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flags_and_rows(tmp_path, name):
+    flags, message = BAD[name]
+    if row := flags.get("dataset"):
+        flags = {"dataset": write_rows(tmp_path / "rows.jsonl", [row])}
     with pytest.raises(UserError, match=message):
         train(tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()

@@ -216,8 +216,10 @@ def test_score_says_what_is_wrong_with_a_row(tmp_path, ragged):
     assert [isinstance(row["score"], float) for row in scored] == [True, False, True, False]
     assert scored[1]["problem"]
     assert "longer than" in scored[3]["problem"]
-    with pytest.raises(UserError, match="scores.jsonl"):
+    with pytest.raises(FileExistsError):
         score(tmp_path / "scored", tmp_path / "run" / "final", rows)
+    with pytest.raises(UserError, match="no model with one label"):
+        score(tmp_path / "policy", ASSETS / "model", rows)
 
 
 def test_the_first_free_reserved_token_becomes_the_pad_token():
@@ -309,8 +311,6 @@ BAD = {
     "smoothing of a half": ([PAIR], {"label_smoothing": 0.5}, r"--label.smoothing"),
     "smoothing of rankings": ([{**RANKING, "ranks": [3, 1, 2]}], {"label_smoothing": 0.1}, r"--label.smoothing"),
     "centring below 0": ([PAIR], {"center_rewards_coefficient": -1.0}, r"--center.rewards.coefficient"),
-    "no such file": ([PAIR], {"score": "nowhere.jsonl"}, r"--score nowhere.jsonl"),
-    "no reward model": ([PAIR], {"score": str(ASSETS / "preferences.jsonl")}, r"no model with one label"),
 }
 
 
