@@ -356,7 +356,7 @@ def test_two_ranks_and_other_micro_batches_give_the_same_curve(tmp_path):
 
 def naive_steps(batches, parts, args):
     """Train the embedded model on captured samples, one at a time, by transformers' own logits -> loss and gradient
-    norm of each step. batches: the groups of each generation; parts: the prompts of each step."""
+    norm of each step. batches: the groups of each generation; parts: of each step its prompts, and its samples with those masked."""
     model, ref = (AutoModelForCausalLM.from_pretrained(ASSETS / "model") for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), args.learning_rate, (0.9, 0.99), weight_decay=0)
 
@@ -366,7 +366,7 @@ def naive_steps(batches, parts, args):
         return logps_TV.gather(1, ids[0, first:, None])[:, 0], -(logps_TV.exp() * logps_TV).sum(-1)
 
     steps, per_batch = [], args.steps_per_generation * args.num_iterations
-    for step, prompts in enumerate(parts):
+    for step, (prompts, count) in enumerate(parts):
         if step % per_batch == 0:
             judged = []
             for group in batches[step // per_batch]:
@@ -375,9 +375,12 @@ def naive_steps(batches, parts, args):
                     s.advantage = (s.rewards[0] - np.mean(rewards)) / (np.std(rewards, ddof=1) + 1e-4)
                     judged.append(s)
             batch = [s for s in judged if s.is_finished or not args.mask_truncated_completions]
+            one_pass = parts[step : step + args.steps_per_generation]  # it sees each prompt once
+            assert sum(count for _, count in one_pass) == len(judged)
+            assert sum(len(own) for own, _ in one_pass) == len({s.prompt for s in batch})
             with torch.no_grad():
                 old, reference = ({id(s): tokens(m, s)[0] for s in batch} for m in (model, ref))
-        mine, count = [s for s in batch if s.prompt in prompts], sum(s.prompt in prompts for s in judged)
+        mine = [s for s in batch if s.prompt in prompts]
         if not mine:  # all groups alike
             steps.append((0, 0))
             continue
@@ -421,7 +424,7 @@ def test_the_steps_are_those_of_a_naive_loop(tmp_path, monkeypatch, loss_type):
 
     def taken(rollouts):
         batch = take(rollouts)
-        parts.append({s.prompt for s in batch.samples})
+        parts.append(({s.prompt for s in batch.samples}, batch.num_samples))
         return batch
 
     monkeypatch.setattr(grpo, "roll_out", rolled)
@@ -429,11 +432,6 @@ def test_the_steps_are_those_of_a_naive_loop(tmp_path, monkeypatch, loss_type):
     flags = {"learning_rate": 2e-4, "warmup_steps": 0, "max_steps": 6, "batch_size": 16, "num_generations": 4}
     flags |= {"loss_type": loss_type, **STEPS[loss_type]}
     rows, args = train(tmp_path / "run", **flags), replace(grpo.Args(), **flags)
-    for step in range(
-        0, 6, args.steps_per_generation
-    ):  # each pass over a batch sees each of its prompts once
-        own = parts[step : step + args.steps_per_generation]
-        assert sum(map(len, own)) == len(set().union(*own))
     losses, norms = zip(*naive_steps(batches, parts, args), strict=True)
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=2e-3, abs=2e-5)
     assert [row["grad_norm"] for row in rows] == pytest.approx(norms, rel=2e-3)
