@@ -267,8 +267,8 @@ def test_rewards_that_do_not_exist_are_refused(tmp_path, name, message):
     (["format", "regex:a"], [{"question": "a"}], ""),
     (["format", "accuracy"], [{"question": "a", "answer": None}], "need a column `answer` or `solution`; the data has .*'question'"),
     (["cosine"], [{}], "need a column"),
-    (["format"], [{"answer": "1"}, {"prompts": "x"}], "rename these columns"),
-    (["format"], [{"completions": "x"}], "rename these columns"),
+    (["format"], [{"answer": "1"}, {"prompts": "x"}], "rename them"),
+    (["format"], [{"completions": "x"}], "rename them"),
 ])  # fmt: skip
 def test_columns_that_rewards_need(names, rows, message):
     with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
