@@ -33,12 +33,6 @@ def echo():
     worker.stop()
 
 
-@pytest.fixture(scope="module")
-def hasty():
-    yield (worker := EnvironmentWorker(ECHO, timeout=1))
-    worker.stop()
-
-
 def hermes(name, **arguments):
     return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
 
@@ -274,22 +268,24 @@ def test_what_fails_costs_its_episode(echo):
 
 
 @pytest.mark.parametrize("how", ["hang", "crash", "freeze"])
-def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(hasty, how):
-    """A call that hangs costs its episode; a process that dies or hangs costs all that are going on."""
+def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(how):
+    """A call that hangs costs its episode; a process that dies or hangs costs all that wait for a call."""
 
     def turns(key, turn):
         if key[3] == 0:
-            return "At once."  # it only waits for its reward
+            return "At once."
         return "Done." if turn == 2 else hermes("go_wrong", how=how if (turn, key[3]) == (1, 1) else "")
 
-    hasty.GRACE, process = 1, hasty.process.pid
-    groups, _ = play(hasty, turns, num_samples=3)
+    worker = EnvironmentWorker(ECHO, timeout=1)
+    worker.GRACE, process = 1, worker.process.pid
+    groups, _ = play(worker, turns, num_samples=3)
     kind = "environment: crash" if how == "crash" else "environment: timeout"
     assert [sample.failure for sample in groups[0]] == ["", kind, "" if how == "hang" else kind]
     assert [s.environment_reward for s in groups[0] if not s.failure] == [0] * (2 if how == "hang" else 1)
-    groups, _ = play(hasty, lambda key, turn: "Done." if turn else hermes("say", text="a"))
+    groups, _ = play(worker, lambda key, turn: "Done." if turn else hermes("say", text="a"))
     assert [(sample.failure, sample.environment_reward) for sample in groups[0]] == [("", 1), ("", 1)]
-    assert hasty.process.pid != process
+    assert worker.process.pid != process
+    worker.stop()
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -336,8 +332,7 @@ def scripted(monkeypatch, turns):
     return script
 
 
-def prompts(count):
-    return [{"prompt": [{"role": "user", "content": f"1+1, {n}"}], "answer": "2"} for n in range(count)]
+ROWS = [{"prompt": [{"role": "user", "content": f"1+1, {n}"}], "answer": "2"} for n in range(8)]
 
 
 def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
@@ -347,7 +342,7 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
 
     script = scripted(monkeypatch, turns)
     flags = {"micro_batch_tokens": 300, "max_length": 300, "max_completion_length": 150, "num_iterations": 2}
-    (first, _), said = train(tmp_path, prompts(8), environment=CALCULATOR, beta=0.1, **flags)
+    (first, _), said = train(tmp_path, ROWS, environment=CALCULATOR, beta=0.1, **flags)
     sampled = [len(ids) for *_, ids in script.seen]
     # Only on the same tokens, after the same ones, do sampler and trainer agree.
     assert first["sampling/sampling_logp_difference/mean"] < 1e-4
@@ -367,7 +362,7 @@ def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
     scripted(monkeypatch, lambda key, turn: hang if key[3] == 3 else "nan"[key[3] :])
     flags = {"environment": ECHO, "reward_timeout": 1.0, "max_steps": 1, "max_completion_length": 200}
     rewards = ("environment", f"{ASSETS / 'rewards.py'}:length")
-    (row,), said = train(tmp_path, prompts(2), rewards=rewards, **flags)
+    (row,), said = train(tmp_path, ROWS[:2], rewards=rewards, **flags)
     assert row["failed_rewards"] == 2
     assert [one["advantage"] is None for one in said] == [False, False, False, True] * 2
     assert [*said[0]["rewards"].values()] == [0.0, 3.0]
@@ -395,13 +390,10 @@ def test_grpo_teaches_the_calculator(tmp_path):
     chats, start, end = tmp_path / "chats.jsonl", tmp_path / "start", tmp_path / "end"
     sft = ["--batch-size", 32, "--learning-rate", 3e-3, "--lr-schedule", "constant", "--max-steps", 150]
     rl = ["--max-completion-length", 100, "--temperature", 0.7, "--max-steps", 20]
-    for script, flags in {
-        "tests/assets/calculator.py": [chats],
-        "sft.py": ["--dataset", chats, *sft, "--output-dir", start],
-        "grpo.py": ["--model", start / "final", "--environment", CALCULATOR, *rl, "--output-dir", end],
-    }.items():
-        result = run(script, *flags, timeout=1200)
-        assert result.returncode == 0, result.stderr[-2000:]
+    grpo_flags = ["--model", start / "final", "--environment", CALCULATOR, *rl, "--output-dir", end]
+    assert run("tests/assets/calculator.py", chats).returncode == 0
+    assert run("sft.py", "--dataset", chats, *sft, "--output-dir", start, timeout=1200).returncode == 0
+    assert run("grpo.py", *grpo_flags, timeout=1200).returncode == 0
     evals = [row["eval/reward"] for row in read_metrics(end) if "eval/reward" in row]
     assert 0.05 < evals[0] < 0.6
     assert evals[-1] > evals[0] + 0.2

@@ -140,10 +140,6 @@ def test_rewards_equal_trls(name, expected):
     assert found == pytest.approx(expected)
 
 
-def ids(*lengths):
-    return [[1] * length for length in lengths]
-
-
 SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer", "minimum": 1}}}
 JSON = ['{"n": 1}', '{"n": 0}', "{}", "n", '{"n": NaN}', '[{"n": 1}]', '<think>{</think>{"n": 2}', "[" * 100_000,
         'Here:\n```json\n{"n": "x"}\n```\nor\n```json\n{"n": 3}\n```\nDone', '```json\n{"n": 3}\n```\n```json\n{}\n```']  # fmt: skip
@@ -151,8 +147,8 @@ JSON = ['{"n": 1}', '{"n": 0}', "{}", "n", '{"n": NaN}', '[{"n": 1}]', '<think>{
 
 @pytest.mark.parametrize(("name", "columns", "expected"), [
     ("repetition:2", {"completion_ids": [[1, 2, 3, 4], [5] * 5, []]}, [0, -0.75, 0]),
-    ("overlong:20", {"completion_ids": ids(80, 90, 100, 101)}, [0, -0.5, -1, -1]),
-    ("cosine", {"completions": ["1", "2", "2", "2"], "completion_ids": ids(50, 50, 0, 7), "answer": [1, 1, 2, None]}, [0.75, -0.75, 1, None]),
+    ("overlong:20", {"completion_ids": [[1] * n for n in (80, 90, 100, 101)]}, [0, -0.5, -1, -1]),
+    ("cosine", {"completions": ["1", "2", "2", "2"], "completion_ids": [[1] * n for n in (50, 50, 0, 7)], "answer": [1, 1, 2, None]}, [0.75, -0.75, 1, None]),
     (r"regex:<a>.*</a>:\d", {"completions": ["<a>x\ny</a>:1", "<a></a>:12", " <a></a>:1"]}, [1, 0, 0]),
     (r"regex:<a>.*</a>:\d", {"completions": messages("<a></a>:7", "", "7")}, [1, 0, 0]),
     ("json-schema:{}", {"completions": JSON}, [1, 0, 0, 0, 0, 0, 1, 0, 1, 0]),
