@@ -42,7 +42,9 @@ def tokenizer_with(template):
 
 @functools.cache
 def stock(name):
-    return tokenizer_with(((ASSETS if name == "mistral" else TEMPLATES) / f"{name}.jinja").read_text())
+    """The tokenizer with a stock template, or with a Jinja text."""
+    path = (ASSETS if name == "mistral" else TEMPLATES) / f"{name}.jinja"
+    return tokenizer_with(path.read_text() if name.isidentifier() else name)
 
 
 def chat(*turns):
@@ -154,9 +156,13 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_rendered_or_marked_is_refused(name):
     template, messages, expected = REFUSED[name]
-    tokenizer = stock(template) if template.isidentifier() else tokenizer_with(template)
     with pytest.raises(UserError, match=expected):
-        encode_sft({"messages": messages, "tools": [TOOL]}, tokenizer)
+        encode_sft({"messages": messages, "tools": [TOOL]}, stock(template))
+
+
+def test_thinking_that_a_template_strips_from_earlier_turns_is_named():
+    thought = encode_sft({"messages": THOUGHT, "tools": [TOOL]}, stock("qwen3"))
+    assert thought["unused"] == ["part of an assistant's message"]
 
 
 def test_a_special_token_before_the_turn_is_never_trained():
@@ -244,26 +250,6 @@ def test_tools_arguments_and_calls_reach_the_template():
         assert json.loads(message) == assistant("", tool_calls=[called])
 
 
-UNUSED = {  # encoder, row -> the names of what nothing reads
-    "an unknown column": (encode_sft, {"text": "abc", "id": 7, "empty": None}, ["`id`"]),
-    "columns of another kind": (encode_sft, {"messages": TWO, "text": "abc", "prompt": "a"}, ["`prompt`", "`text`"]),
-    "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
-    "tools": (encode_sft, {"messages": TWO, "tools": [TOOL]}, ["`tools`"]),
-    "reasoning": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm")]}, ["`reasoning_content` of messages"]),
-    "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name` of messages"]),
-    "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", thinking="hm")], "rejected": "c", "id": 1}, ["`id`", "`thinking` of messages"]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", UNUSED)
-def test_what_nothing_reads_is_named(name):
-    encode, row, expected = UNUSED[name]
-    assert sorted(encode(row, EMBEDDED)["unused"]) == expected
-    # Qwen3 strips the thinking of earlier turns; it renders tools.
-    row = {"messages": THOUGHT, "tools": [TOOL]}
-    assert encode_sft(row, stock("qwen3"))["unused"] == ["part of an assistant's message"]
-
-
 # ---- Preferences, prompts, distillation ----------------------------------------------------------------------------
 
 END = [EMBEDDED.convert_tokens_to_ids(IM)]
@@ -309,7 +295,14 @@ def test_a_token_that_spans_the_end_of_the_prompt_belongs_to_every_completion():
     assert found["loss_mask"][:2] == [False, True]  # the first token of a row follows nothing
 
 
-DROPPED = {  # encoder, row, the reason
+NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
+    "an unknown column": (encode_sft, {"text": "abc", "id": 7, "empty": None}, ["`id`"]),
+    "columns of another kind": (encode_sft, {"messages": TWO, "text": "abc", "prompt": "a"}, ["`prompt`", "`text`"]),
+    "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
+    "tools": (encode_sft, {"messages": TWO, "tools": [TOOL]}, ["`tools`"]),
+    "reasoning": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm")]}, ["`reasoning_content` of messages"]),
+    "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name` of messages"]),
+    "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", thinking="hm")], "rejected": "c", "id": 1}, ["`id`", "`thinking` of messages"]),
     "too long": (encode_sft, {"text": "7" * 100}, "longer than 50 tokens"),
     "nothing to train": (encode_sft, {"messages": TWO[:1]}, "nothing to train"),
     "an empty turn": (encode_sft, {"messages": chat("a", " ")}, "an empty assistant turn"),
@@ -321,10 +314,13 @@ DROPPED = {  # encoder, row, the reason
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", DROPPED)
-def test_rows_that_are_dropped_say_why(name):
-    encode, row, reason = DROPPED[name]
-    with pytest.raises(common.DroppedRow, match=reason):
+@pytest.mark.parametrize("name", NOTED)
+def test_what_nothing_reads_is_named_and_rows_that_are_dropped_say_why(name):
+    encode, row, expected = NOTED[name]
+    if isinstance(expected, list):
+        assert sorted(encode(row, EMBEDDED)["unused"]) == expected
+        return
+    with pytest.raises(common.DroppedRow, match=expected):
         encode(row, EMBEDDED, max_length=50)
 
 
