@@ -27,9 +27,9 @@ def test_a_difference_is_seen_and_mended():
     """A changed function, flag and region of main."""
     source = (ROOT / "sft.py").read_text()
     changes = {
-        "tensor.full_tensor()": "tensor.whole()",
+        "def lr_factor(step": "def lr_factor(steps",
         "Seeds the data": "Orders the data",
-        "world_size, device =": "size, device =",
+        "device = init": "gpu = init",
     }
     changes["seed: Annotated[int"] = "seed: Annotated[float"
     for old, new in changes.items():
