@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from types import MethodType, SimpleNamespace
 
@@ -141,33 +140,20 @@ def test_schedules():
 
 
 def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width(monkeypatch, tmp_path):
-    """What the loop sets for a micro-batch of documents of several lengths, and what the hook adds."""
-    noise_T, outputs = [], []
-    add_neftune = sft.add_neftune
+    """What a run adds to the embeddings of documents of two lengths."""
+    noises, add_neftune = {}, sft.add_neftune
 
-    def note(embedding):
-        add_neftune(embedding)
-        embedding.register_forward_pre_hook(
-            lambda module, ids: outputs.append(F.embedding(ids[0], module.weight))
-        )
-        embedding.register_forward_hook(
-            lambda module, ids, output: noise_T.append((output - outputs.pop(), ids[0]))
-        )
+    def note(module, inputs, output):
+        for token in inputs[0].unique().tolist():
+            noises[token] = (output - module.weight[inputs[0]])[inputs[0] == token].detach()
 
-    monkeypatch.setattr(sft, "add_neftune", note)
-    rows = [{"text": "2" * 4}, {"text": "3" * 100}]
-    train(
-        sft,
-        tmp_path / "run",
-        dataset=(write_rows(tmp_path / "rows.jsonl", rows),),
-        neftune_alpha=5.0,
-        max_steps=1,
+    monkeypatch.setattr(
+        sft, "add_neftune", lambda e, *rest: (add_neftune(e, *rest), e.register_forward_hook(note))
     )
-    (noise_BTD, ids_BT) = noise_T[-1]
-    for digit in "23":
-        (token,) = AutoTokenizer.from_pretrained(ASSETS / "model")(digit)["input_ids"]
-        noise = noise_BTD[ids_BT == token].detach()
-        length = len(noise) + 1  # the token that ends a text
+    data = (write_rows(tmp_path / "rows.jsonl", [{"text": "2" * 4}, {"text": "3" * 100}]),)
+    train(sft, tmp_path / "run", dataset=data, neftune_alpha=5.0, max_steps=1)
+    for digit, length in (("2", 5), ("3", 101)):  # with the token that ends a text
+        noise = noises[AutoTokenizer.from_pretrained(ASSETS / "model")(digit)["input_ids"][0]]
         bound = 5.0 / (length * noise.shape[-1]) ** 0.5
         assert 0.95 * bound < noise.abs().max() <= bound * 1.001
         assert noise.std() == pytest.approx(bound / 3**0.5, rel=0.1)
@@ -189,13 +175,6 @@ def test_split_batch_places_every_document_once(world_size, alone):
         assert not alone or max(len(batch) for rank in plan for batch in rank) == 1
     loads = [sum(lengths[i] for b in rank for i in b) for rank in split_batch(lengths, world_size, 120)]
     assert max(loads) - min(loads) <= 0.1 * sum(lengths)
-
-
-def test_split_batch_of_a_whole_evaluation_set_is_quick():
-    began = time.process_time()
-    (plan,) = split_batch([5000] * 4000, 1, 8192)
-    assert time.process_time() - began < 5  # 0.3 s; a minute when the count grew by one
-    assert len(plan) <= 4100
 
 
 def test_collate_aligns_labels_with_the_position_that_predicts_them():
@@ -265,7 +244,7 @@ def test_prompts_that_stand_in_the_row_once_change_nothing(window):
         torch.testing.assert_close(shared, repeated, rtol=1e-4, atol=1e-4)
 
 
-def test_padded_batches_and_generation_still_work_with_varlen():
+def test_generation_of_padded_batches_works_with_varlen():
     """transformers' own use of a model loaded with varlen: left-padded generation equals that with SDPA."""
     ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
     outputs = []
@@ -283,36 +262,31 @@ SIZES |= {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_ctx": 512, "rotary_dim": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MAMBA = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
-FALCON_H1 = {
-    "mamba_d_ssm": 32,
-    "mamba_n_heads": 4,
-    "mamba_d_head": 8,
-    "mamba_d_state": 8,
-    "mamba_n_groups": 1,
-}
+FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+PLAIN = [
+    "llama",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "olmo",
+    "olmo2",
+    "phi",
+    "phi3",
+    "glm",
+    "glm4",
+    "smollm3",
+    "gpt_neox",
+]
 # What an architecture's config needs beyond SIZES.
-PACKED = {
-    "llama": {}, "qwen2": {}, "qwen3": {}, "gemma": {}, "olmo": {}, "olmo2": {}, "phi3": {}, "glm": {}, "glm4": {},
-    "phi": {},  # its head has a bias
-    "mistral": {"sliding_window": 5},
-    "gemma3_text": {"sliding_window": 4},
-    "cohere": {"logit_scale": 0.25},
-    "granite": {"logits_scaling": 4.0},
-    "gpt2": GPT,
-    "mixtral": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16},
-    "starcoder2": {}, "smollm3": {}, "gpt_neox": {},
-    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+PACKED = {name: {} for name in PLAIN} | {
+    "mistral": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 4}, "cohere": {"logit_scale": 0.25},
+    "granite": {"logits_scaling": 4.0}, "gpt2": GPT, "mixtral": EXPERTS, "qwen3_moe": EXPERTS,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
 }  # fmt: skip
-EAGER = {
-    "gemma2": {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 20.0},
-    "gpt_oss": EXPERTS | {"sliding_window": 8},
-    "bloom": GPT,
-    "codegen": GPT,
-}
+GEMMA2 = {"final_logit_softcapping": 3.0, "attn_logit_softcapping": 20.0}
+EAGER = {"gemma2": GEMMA2, "gpt_oss": EXPERTS | {"sliding_window": 8}, "bloom": GPT, "codegen": GPT}
 ALONE = {
-    "falcon_h1": FALCON_H1,
+    "falcon_h1": FALCON,
     "mamba": MAMBA,
     "mamba2": MAMBA,
     "lfm2": {"layer_types": ["conv", "full_attention"]},
