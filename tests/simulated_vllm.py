@@ -2,14 +2,12 @@
 
     python tests/simulated_vllm.py --model tests/assets/model --port 8000 --median-seconds 0.5 --spread 1
 
-It samples with the embedded engine, has honest log-probs, takes weights by gloo, labels them, and answers a request after
-a latency drawn from a log-normal distribution by the request's seed; requests do not wait for each other. `--die-at ROUTE`
-ends it as kill -9 would when ROUTE is asked for the `--die-after`-th time; every `--refuse-every`-th generation is refused
-with the HTTP status `--refuse-with`. It holds the benchmark of asynchrony and the
-faults that a real server cannot be told to have; tests with real servers stand in test_vllm.py and test_async.py.
+It samples with the embedded engine, has honest log-probs, reloads weights from a file, labels them, and answers a request
+after a latency drawn from a log-normal distribution by the request's seed; requests do not wait for each other. With
+`--die-at ROUTE` it ends, as by kill -9, when ROUTE is asked for the `--die-after`-th time. The benchmark of asynchrony and
+tests of faults use it; tests with a real server stand in test_vllm.py.
 """
 
-import itertools
 import json
 import os
 import queue
@@ -20,13 +18,12 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
-from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import tyro
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,17 +41,13 @@ class Args:
     """Standard deviation of the logarithm of latencies."""
     die_at: str = ""
     die_after: int = 1
-    refuse_every: int = 0
-    refuse_with: int = 500
 
 
 class Server:
     """What the routes share."""
 
     def __init__(self, args):
-        model = AutoModelForCausalLM.from_pretrained(
-            args.model, dtype=torch.float32, attn_implementation="varlen"
-        )
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         self.args, self.engine, self.label, self.asked = args, HFEngine(model), "default", Counter()
         self.lock, self.is_paused = threading.Lock(), False  # who pauses the server holds the lock
         self.waiting = queue.SimpleQueue()
@@ -66,42 +59,19 @@ class Server:
         if path == self.args.die_at and self.asked[path] == self.args.die_after:
             os.kill(os.getpid(), signal.SIGKILL)
         match path:
-            case "weight_info":
-                return {"weight_version": self.label}
-            case "get_world_size":
-                return {"world_size": 1}
-            case "server_info":
-                model = {
-                    "logprobs_mode": "processed_logprobs",
-                    "dtype": "torch.float32",
-                    "enable_sleep_mode": False,
-                }
-                model["max_model_len"] = self.args.max_model_len
-                scheduler, transfer = {"enable_chunked_prefill": False}, {"backend": "gloo"}
-                config = {
-                    "model_config": model,
-                    "weight_transfer_config": transfer,
-                    "scheduler_config": scheduler,
-                }
-                return {"vllm_config": config}
-            case "init_weight_transfer_engine":
-                info = body["init_info"]
-                timeout = timedelta(seconds=info["timeout"])
-                store = dist.TCPStore(
-                    info["host"], info["port"], info["world_size"], is_master=False, timeout=timeout
-                )
-                self.group = dist.ProcessGroupGloo(store, 1, info["world_size"], timeout)
-            case "update_weights":
-                info = body["update_info"]
-                for name, shape in zip(info["names"], info["shapes"], strict=True):
-                    weight = torch.empty(shape)
-                    self.group.broadcast(weight, 0).wait()
-                    self.engine.load_weights([(name, weight)], None)
-            case "update_weight_version":
-                self.label = body["new_version"]
+            case "v1/models":
+                return {"data": [{"max_model_len": self.args.max_model_len}]}
+            case "is_paused":
+                return {"is_paused": self.is_paused}
             case "pause" if not self.is_paused:
                 self.lock.acquire()  # not in the midst of a completion
                 self.is_paused = True
+            case "collective_rpc":
+                weights = load_file(f"{body['kwargs']['weights_path']}/model.safetensors")
+                known = {name: weight for name, weight in weights.items() if name in self.engine.parameters}
+                self.engine.load_weights(known.items(), object())  # a version that it never has
+            case "update_weight_version":
+                self.label = body["new_version"]
             case "resume" if self.is_paused:
                 self.is_paused = False
                 self.lock.release()
@@ -118,8 +88,8 @@ class Server:
                 batch.append(self.waiting.get())
             with self.lock:
                 for settings in {settings for settings, *_ in batch}:
-                    some = [request for request in batch if request[0] == settings]
-                    _, ids, seeds, lengths, answers = zip(*some, strict=True)
+                    chosen = [request for request in batch if request[0] == settings]
+                    _, ids, seeds, lengths, answers = zip(*chosen, strict=True)
                     n, temperature, stops = settings
                     keys = [(seed,) for seed in seeds]
                     groups = self.engine.generate(list(ids), keys, n, list(lengths), temperature, list(stops))
@@ -128,8 +98,7 @@ class Server:
 
     def generate(self, ids, params):
         seed, began, answer = params.get("seed", 0), time.monotonic(), queue.SimpleQueue()
-        stops = tuple(params.get("stop_token_ids", []))
-        settings = params.get("n", 1), params.get("temperature", 1.0), stops
+        settings = params["n"], params["temperature"], tuple(params["stop_token_ids"])
         self.waiting.put((settings, ids, seed, params["max_tokens"], answer))
         group, label = answer.get()
         latency = self.args.median_seconds * random.Random(seed).lognormvariate(0, self.args.spread)
@@ -137,45 +106,47 @@ class Server:
         return {
             "choices": [
                 {
-                    "token_ids": rollout.ids,
-                    "weight_versions": [{"version": label, "start": 0, "end": len(rollout.ids)}],
-                    "finish_reason": "stop" if rollout.is_finished else "length",
-                    "logprobs": {"content": [{"logprob": logp} for logp in rollout.logps]},
+                    "token_ids": sample.ids,
+                    "weight_versions": [{"version": label, "start": 0, "end": len(sample.ids)}],
+                    "finish_reason": "stop" if sample.is_finished else "length",
+                    "logprobs": {"content": [{"logprob": logp} for logp in sample.logps]},
                 }
-                for rollout in group
+                for sample in group
             ]
         }
 
 
-def main(args):
-    server = Server(args)
-    torch.set_num_threads(1)
-    answers = itertools.count(1)
+class Listener(ThreadingHTTPServer):
+    request_queue_size, daemon_threads = 512, True
+
+
+def listen(answer, port=0):
+    """A Listener at this port of 127.0.0.1 (0: a free one) that answers with the JSON of answer(path, body), or with a
+    pair of an HTTP status and JSON."""
 
     class Handler(BaseHTTPRequestHandler):
-        wbufsize, protocol_version = -1, "HTTP/1.1"  # an answer is one packet, of a connection that stays
+        wbufsize = -1  # an answer is one packet
 
-        def answer(self):
+        def respond(self):
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
-            said = server.answer(self.path.lstrip("/").partition("?")[0], json.loads(body or "null"))
-            text, status = json.dumps(said).encode(), 200
-            if "choices" in said and args.refuse_every and next(answers) % args.refuse_every == 0:
-                status = args.refuse_with
+            reply = answer(self.path.lstrip("/"), json.loads(body or "null"))
+            status, reply = reply if isinstance(reply, tuple) else (200, reply)
+            text = json.dumps(reply).encode()
             self.send_response(status)
             self.send_header("content-length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = answer
+        do_GET = do_POST = respond
 
         def log_message(self, *_):
             pass
 
-    class Listener(ThreadingHTTPServer):
-        request_queue_size, daemon_threads = 512, True
-
-    Listener(("127.0.0.1", args.port), Handler).serve_forever()
+    return Listener(("127.0.0.1", port), Handler)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    args = tyro.cli(Args)
+    torch.set_num_threads(1)
+    server = Server(args)
+    listen(lambda path, body: server.answer(path.partition("?")[0], body), args.port).serve_forever()
