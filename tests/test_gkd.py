@@ -212,21 +212,28 @@ def no_control_token(data):
 
 
 TOKENIZERS = {
-    swap_two_ids: r"in their tokens: \[.*417.*300.*\] and \[",
-    drop_last_id: r"in their tokens: \[\('ime', 511\)\] and \[\]",
+    swap_two_ids: "in their tokens: .+ and .+",
+    drop_last_id: "in their tokens: .+ and .+",
     read_otherwise: "in their ids of a text",
     no_control_token: "in their ids of a text",
 }
 
 
-def test_a_teacher_with_other_tokens_is_refused(tmp_path):
+def test_a_teacher_with_other_tokens_is_refused(tmp_path, served):
+    """A local one, and a server's."""
     for change, message in TOKENIZERS.items():
-        with pytest.raises(UserError, match=message):
-            train(tmp_path / "run", teacher=str(copy_of(tmp_path / change.__name__, change=change)))
+        path = str(copy_of(tmp_path / change.__name__, change=change))
+        served.tokenizer = load_tokenizer(path)
+        for flags in ({"teacher": path}, {"teacher": URL, "teacher_top_k": 4}):
+            with pytest.raises(UserError, match=message):
+                train(tmp_path / "run", **flags)
+            gkd.dist.is_initialized() and gkd.dist.destroy_process_group()
     template = (ASSETS / "teacher/chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> ")
     (tmp_path / "template.jinja").write_text(template)
-    with pytest.raises(UserError, match="in their chat templates"):
-        train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"))
+    served.tokenizer = load_tokenizer(TEACHER)
+    for flags in ({"teacher": TEACHER}, {"teacher": URL, "teacher_top_k": 4}):
+        with pytest.raises(UserError, match="in their chat templates"):
+            train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"), **flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -235,19 +242,17 @@ def padded(tmp_path, name, rows):
     path = copy_of(tmp_path, name)
     model = AutoModelForCausalLM.from_pretrained(path)
     model.resize_token_embeddings(512 + rows, mean_resizing=False)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[512:] = 0.0
+    model.get_input_embeddings().weight.data[512:] = 0.0
     model.save_pretrained(path)
     return str(path)
 
 
 def test_rows_that_pad_either_head_change_nothing(tmp_path):
     flags = {"lmbda": 0.0, "dataset": rows_file(tmp_path / "rows.jsonl", 32), "max_steps": 2}
-    expected, student = train(tmp_path / "plain", **flags), padded(tmp_path, "model", 32)
-    for name, model in (("a", {"teacher": padded(tmp_path, "teacher", 64)}), ("b", {"model": student})):
-        assert_same_curve(train(tmp_path / name, **flags, **model), expected, rtol=1e-3)
-    rows = train(tmp_path / "c", **{**flags, "lmbda": 1.0}, model=student, temperature=3.0)
-    assert all(math.isfinite(row["loss"]) for row in rows)
+    expected = train(tmp_path / "plain", **flags)
+    for name in ("teacher", "model"):
+        rows = train(tmp_path / name, **flags, **{name: padded(tmp_path, name, 64)})
+        assert_same_curve(rows, expected, rtol=1e-3)
     ids, mask = gkd.sample_documents([Sample([1, 2], ids=[5, 9, 600, 7])], 512)[0]
     assert (ids.tolist(), mask.tolist()) == ([1, 2, 5, 9], [False, False, True, True])
 
@@ -443,18 +448,6 @@ def test_what_a_server_says_is_not_rounded_in_bfloat16(tmp_path, served, monkeyp
     flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 16), "dtype": "bfloat16", "max_steps": 1}
     train(tmp_path / "run", teacher=URL, teacher_top_k=4, **flags)
     assert rounded == [False, False]
-
-
-def test_a_served_teacher_with_other_tokens_is_refused(tmp_path, served):
-    for change, message in TOKENIZERS.items():
-        served.tokenizer = load_tokenizer(str(copy_of(tmp_path / change.__name__, change=change)))
-        with pytest.raises(UserError, match=message.split(r"\[")[0].strip(": ")):
-            train(tmp_path / "run", teacher=URL, teacher_top_k=4)
-        gkd.dist.destroy_process_group()
-    served.tokenizer = load_tokenizer(TEACHER)
-    served.tokenizer.chat_template = served.tokenizer.chat_template.replace("<|im_end|>", "<|im_end|> ")
-    with pytest.raises(UserError, match="in their chat templates"):
-        train(tmp_path / "run", teacher=URL, teacher_top_k=4)
 
 
 def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, served, monkeypatch):
