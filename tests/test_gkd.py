@@ -11,7 +11,7 @@ from types import MethodType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, assert_same_curve, flags_of, read_metrics, run, weights, write_rows
+from conftest import ASSETS, SHORT, assert_same_curve, flags_of, read_metrics, run, weights, write_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
 from trl.experimental.gkd import GKDTrainer
@@ -26,7 +26,7 @@ BETAS = [0.0, 0.1, 0.5, 1.0]
 
 def train(output_dir, **flags):
     """Run gkd.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
-    short = {"eval_dataset": (), "wandb": "disabled", "batch_size": 16, "max_steps": 3, "max_length": 100}
+    short = {**SHORT, "batch_size": 16, "max_length": 100}
     gkd.main(gkd.Args(output_dir=str(output_dir), **{**short, **flags}))
     return metrics_of(output_dir)
 
@@ -82,7 +82,7 @@ TERMS = [("jsd", beta, k) for beta in BETAS for k in (0, 5)] + [("sampled", 0.5,
 
 @pytest.mark.parametrize("terms", TERMS, ids=str)
 def test_losses_and_gradients_equal_those_of_whole_logits_in_float64(terms, monkeypatch):
-    """With heads that scale and cap, of different sizes; in one chunk or several; and as a server's scores."""
+    """With heads that scale and cap, one of which is padded; in one chunk or several; and of a server's scores."""
     student = tiny(Gemma2Config, 97, 24, 0, final_logit_softcapping=3.0)
     teacher = tiny(Cohere2Config, 90, 32, 1, logit_scale=0.25)
     (loss_type, beta, k), ids = terms, np.random.default_rng(0).integers(3, 90, 24)
@@ -132,14 +132,14 @@ def test_divergence_by_hand_and_of_trl():
 def test_bounds_of_divergences():
     """Buckets never say more than tokens; nothing is away from itself; extreme logits give finite numbers."""
     torch.manual_seed(0)
-    logps, teacher_logps = (2 * torch.randn(2, 40, 31, dtype=torch.float64)).log_softmax(-1)
+    pair = (2 * torch.randn(2, 40, 31, dtype=torch.float64)).log_softmax(-1)
     far = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
     for beta in BETAS:
-        tops = [teacher_logps.topk(k).indices for k in (1, 3, 10, 30)]
-        pairs = [[gkd.to_buckets(x, top) for x in (logps, teacher_logps)] for top in tops]
-        values = [gkd.divergence(*pair, beta) for pair in [*pairs, (logps, teacher_logps)]]
+        tops = [pair[1].topk(k).indices for k in (1, 3, 10, 30)]
+        values = [gkd.divergence(*(gkd.to_buckets(x, top) for x in pair), beta) for top in tops]
+        values.append(gkd.divergence(*pair, beta))
         assert all((less <= more + 1e-9).all() for less, more in itertools.pairwise(values))
-        assert gkd.divergence(logps, logps, beta).abs().max() < 1e-12
+        assert gkd.divergence(pair[0], pair[0], beta).abs().max() < 1e-12
         value = gkd.divergence(far.log_softmax(-1), (-far.detach()).log_softmax(-1), beta)
         assert value.isfinite().all()
         assert torch.autograd.grad(value.sum(), far)[0].isfinite().all()
@@ -181,14 +181,13 @@ def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch):
 # ---- Tokenizers and vocabularies ---------------------------------------------------------------------------
 
 
-def copy_of(tmp_path, name="teacher", change=lambda data: None):
-    """A copy of an embedded model with its tokenizer.json changed."""
-    path = tmp_path / f"other-{name}"
-    shutil.copytree(ASSETS / name, path)
+def teacher_with(path, change):
+    """A copy of the embedded teacher with its tokenizer.json changed."""
+    shutil.copytree(TEACHER, path)
     data = json.loads((path / "tokenizer.json").read_text())
     change(data)
     (path / "tokenizer.json").write_text(json.dumps(data))
-    return path
+    return str(path)
 
 
 def swap_two_ids(data):
@@ -197,32 +196,14 @@ def swap_two_ids(data):
     vocab[one], vocab[two] = 417, 300
 
 
-def drop_last_id(data):
-    del data["model"]["vocab"]["".join(data["model"]["merges"].pop())]
-
-
 def read_otherwise(data):
     data.update(pre_tokenizer=None, normalizer={"type": "Lowercase"})
 
 
-def no_control_token(data):
-    start = next(token for token in data["added_tokens"] if token["content"] == "<|im_start|>")
-    data["model"]["vocab"]["<|im_start|>"] = start["id"]
-    data["added_tokens"].remove(start)
-
-
-TOKENIZERS = {
-    swap_two_ids: "in their tokens: .+ and .+",
-    drop_last_id: "in their tokens: .+ and .+",
-    read_otherwise: "in their ids of a text",
-    no_control_token: "in their ids of a text",
-}
-
-
 def test_a_teacher_with_other_tokens_is_refused(tmp_path, served):
     """A local one, and a server's."""
-    for change, message in TOKENIZERS.items():
-        path = str(copy_of(tmp_path / change.__name__, change=change))
+    for change, message in ((swap_two_ids, "in their tokens: "), (read_otherwise, "in their ids of a text")):
+        path = teacher_with(tmp_path / change.__name__, change)
         served.tokenizer = load_tokenizer(path)
         for flags in ({"teacher": path}, {"teacher": URL, "teacher_top_k": 4}):
             with pytest.raises(UserError, match=message):
@@ -235,26 +216,6 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path, served):
         with pytest.raises(UserError, match="in their chat templates"):
             train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"), **flags)
     assert not (tmp_path / "run").exists()
-
-
-def padded(tmp_path, name, rows):
-    """An embedded model with more rows of embeddings than tokens; the new ones are likely, if nobody looks."""
-    path = copy_of(tmp_path, name)
-    model = AutoModelForCausalLM.from_pretrained(path)
-    model.resize_token_embeddings(512 + rows, mean_resizing=False)
-    model.get_input_embeddings().weight.data[512:] = 0.0
-    model.save_pretrained(path)
-    return str(path)
-
-
-def test_rows_that_pad_either_head_change_nothing(tmp_path):
-    flags = {"lmbda": 0.0, "dataset": rows_file(tmp_path / "rows.jsonl", 32), "max_steps": 2}
-    expected = train(tmp_path / "plain", **flags)
-    for name in ("teacher", "model"):
-        rows = train(tmp_path / name, **flags, **{name: padded(tmp_path, name, 64)})
-        assert_same_curve(rows, expected, rtol=1e-3)
-    ids, mask = gkd.sample_documents([Sample([1, 2], ids=[5, 9, 600, 7])], 512)[0]
-    assert (ids.tolist(), mask.tolist()) == ([1, 2, 5, 9], [False, False, True, True])
 
 
 # ---- The step ----------------------------------------------------------------------------------------------
@@ -362,12 +323,9 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
     assert answers_of(tmp_path / "1") == answers_of(tmp_path / "2")
 
 
-def test_lmbda_is_the_share_of_steps_on_the_students_samples(tmp_path):
-    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 80), "batch_size": 4, "max_steps": 20}
-    rows = train(tmp_path / "run", lmbda=0.3, **flags)
-    steps = [row["step"] for row in rows if row["on_policy"]]
-    assert 2 <= len(steps) <= 11
-    assert [row["step"] for row in answers_of(tmp_path / "run")] == [n for n in steps for _ in range(4)]
+def test_samples_end_before_ids_that_only_one_model_knows():
+    ids, mask = gkd.sample_documents([Sample([1, 2], ids=[5, 9, 600, 7])], 512)[0]
+    assert (ids.tolist(), mask.tolist()) == ([1, 2, 5, 9], [False, False, True, True])
 
 
 def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
@@ -491,8 +449,6 @@ def test_resume_is_exact(tmp_path, flags):
 
 BAD_FLAGS = [
     ({"beta": 1.5, "lmbda": -0.1}, r"--beta is 1.5; it must be .* 0 .* 1\n *--lmbda is -0.1"),
-    ({"temperature": -1.0}, "--temperature is -1.0"),
-    ({"teacher_top_k": -1}, "--teacher.top.k is -1"),
     ({"loss_type": "sampled"}, "--loss-type sampled needs --lmbda 1"),
     ({"loss_type": "sampled", "lmbda": 1.0, "beta": 1.0}, "--beta has no effect"),
     ({"seq_kd": True, "lmbda": 1.0}, "--seq-kd has no effect"),
@@ -507,10 +463,10 @@ BAD_FLAGS = [
 ]
 
 
-@pytest.mark.parametrize(("flags", "message"), BAD_FLAGS, ids=str)
-def test_bad_flags(tmp_path, flags, message):
-    with pytest.raises((UserError, OSError), match=message):
-        train(tmp_path / "run", **flags)
+def test_bad_flags(tmp_path):
+    for flags, message in BAD_FLAGS:
+        with pytest.raises((UserError, OSError), match=message):
+            train(tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()
 
 
