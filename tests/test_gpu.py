@@ -5,17 +5,19 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ASSETS, read_metrics, write_rows
+from transformers import AutoModelForCausalLM
 
 import gkd
+import grpo
 import sft
-from common import collate, varlen_attention
-from sft import ChunkedLogProbs, Head
+from common import HFEngine, check_log_probs, collate, varlen_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -92,45 +94,83 @@ def test_resume_is_exact_on_one_gpu(tmp_path, rows):
     assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in straight], rel=1e-3)
 
 
-def test_log_probs_at_vocabulary_152k_need_less_than_logits():
-    hidden = torch.randn(16384, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(152_000, 1024, device="cuda") * 0.02).bfloat16().requires_grad_()
-    labels = torch.randint(152_000, (16384,), device="cuda")
+def test_the_embedded_engine_has_the_trainers_log_probs_in_bf16():
+    """With its cache, whose heads share keys and which loses sequences that have ended."""
+    policy = AutoModelForCausalLM.from_pretrained(
+        ASSETS / "model", dtype=torch.bfloat16, attn_implementation="varlen"
+    )
+    policy.token_stats = MethodType(grpo.token_stats, policy.to("cuda"))
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", dtype=torch.bfloat16).to("cuda")
+    engine, prompts = HFEngine(model), [[1, 286, 201, 291][:n] for n in (4, 2, 3)]
+    engine.load_weights(policy.named_parameters(), 0)
+    groups = engine.generate(prompts, [(n,) for n in range(3)], 8, [200, 100, 50], 1.0, [2])
+    assert len({len(sample.ids) for group in groups for sample in group}) > 3
+    check_log_probs(engine, sum(groups, []), policy, 1.0)
+    assert engine.unchecked_syncs == 0
+
+
+N, VOCABULARY = 16384, 152_000  # float32 logits alone are 9.3 GiB
+
+
+def head():
+    """Hidden states and the weight of a head, in bf16."""
+    hidden = torch.randn(N, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    return hidden, (torch.randn(VOCABULARY, 1024, device="cuda") * 0.02).bfloat16().requires_grad_()
+
+
+def peak_of(function):
+    """-> what function() returns, and how many GiB it takes at most."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    logps, entropy, *_ = ChunkedLogProbs.apply(hidden, weight, None, labels, Head(1, 0, 1), False, False)
-    logps.sum().backward()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    assert peak < 5, f"{peak:.1f} GiB, where float32 logits alone are 9.3"
-    part = slice(0, 512)
+    return function(), (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def test_log_probs_at_vocabulary_152k_need_less_than_logits():
+    (hidden, weight), labels, part = head(), torch.randint(VOCABULARY, (N,), device="cuda"), slice(0, 512)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=SimpleNamespace))
+    model.get_output_embeddings = lambda: SimpleNamespace(weight=weight, bias=None)
+    model.base_model = lambda: SimpleNamespace(last_hidden_state=hidden[None])
+    batch = SimpleNamespace(inputs={}, positions_N=torch.arange(N, device="cuda"), labels_N=labels)
+
+    def run():
+        logps, entropy, _ = sft.token_stats(model, batch)
+        logps.sum().backward()
+        return logps, entropy
+
+    (logps, entropy), peak = peak_of(run)
+    assert peak < 5, f"{peak:.1f} GiB"
     expected = (hidden[part].float() @ weight.float().T).log_softmax(-1)
-    torch.testing.assert_close(
-        logps[part], expected.gather(1, labels[part, None])[:, 0], rtol=1e-3, atol=1e-3
-    )
+    labels_N1 = labels[part, None]
+    torch.testing.assert_close(logps[part], expected.gather(1, labels_N1)[:, 0], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(entropy[part], -(expected.exp() * expected).sum(-1), rtol=1e-3, atol=1e-3)
 
 
 def test_divergence_at_vocabulary_152k_needs_less_than_logits():
     """In bf16, against whole float32 logits on a part of the positions."""
-    n, vocabulary, part = 16384, 152_000, slice(0, 256)
-    hidden = torch.randn(n, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight, teacher_weight = ((torch.randn(vocabulary, 1024, device="cuda") * 0.02).bfloat16() for _ in "12")
-    teacher = gkd.HeadInputs(torch.randn_like(hidden), teacher_weight, None, Head(1, 0, 1))
-    labels = torch.zeros(n, dtype=torch.long, device="cuda")
-    given = hidden, weight.requires_grad_(), None, labels, Head(1, 0, 1), teacher, ("jsd", 0.5, 0)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    loss, divergence_N, *_ = gkd.ChunkedDivergence.apply(*given)
-    loss.backward()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
-    assert peak < 5, f"{peak:.1f} GiB, where float32 logits of one model alone are 9.3"
+    (hidden, weight), (teacher_hidden, teacher_weight), part = head(), head(), slice(0, 256)
+
+    def function(products_CV, chunk):
+        with torch.no_grad():
+            teacher_logps_CV = (
+                (teacher_hidden[chunk][: len(products_CV)] @ teacher_weight.T).float().log_softmax(-1)
+            )
+        return [gkd.divergence(products_CV.log_softmax(-1), teacher_logps_CV, 0.5)]
+
+    def run():
+        (loss,) = gkd.ChunkedLoss.apply(function, hidden, weight)
+        loss.backward()
+
+    _, peak = peak_of(run)
+    assert peak < 5, f"{peak:.1f} GiB"
     logps, teacher_logps = (
-        (states[part].float() @ head.float().T).log_softmax(-1)
-        for states, head in ((hidden.detach(), weight.detach()), teacher[:2])
+        (states[part].float() @ matrix.float().T).log_softmax(-1)
+        for states, matrix in ((hidden.detach(), weight.detach()), (teacher_hidden, teacher_weight))
     )
     mixture_logps = torch.logaddexp(logps, teacher_logps) - math.log(2)
-    kls = [(p.exp() * (p - mixture_logps)).sum(-1) for p in (logps, teacher_logps)]
-    torch.testing.assert_close(divergence_N[part], sum(kls) / 2, rtol=1e-2, atol=1e-3)
+    expected = sum((p.exp() * (p - mixture_logps)).sum() / 2 for p in (logps, teacher_logps))
+    with torch.no_grad():
+        (found,) = gkd.ChunkedLoss.apply(function, hidden[part], weight)
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_distillation_in_bf16_follows_float32(tmp_path):

@@ -315,9 +315,8 @@ class TestRealServer:
         for version in range(3):
             model = policy_like(scale=0.03 * version, seed=version)
             engine.load_weights(model.named_parameters(), version)
-            samples = sum(
-                engine.generate([PROMPT] * 4, [(0, n) for n in range(4)], 4, 3, temperature, [2]), []
-            )
+            keys, lengths = [(0, n) for n in range(4)], [12, 12, 2, 2]
+            samples = sum(engine.generate([PROMPT] * 4, keys, 4, lengths, temperature, [2]), [])
             assert {sample.is_finished for sample in samples} == {True, False}
             for sample in samples:
                 assert (sample.is_finished, {*sample.versions}) == (sample.ids[-1] == 2, {version})
