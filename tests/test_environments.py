@@ -38,16 +38,22 @@ def hermes(name, **arguments):
 
 
 class Script:
-    """An engine that writes what a script says: `turns(key, turn)` gives the text of a turn. It records what it saw."""
+    """An engine that writes what a script says: `turns(key, turn)` gives the text of a turn, which is tokenized in two
+    parts, as no tokenizer would. It records what it saw."""
 
-    def __init__(self, turns):
-        self.turns, self.seen = turns, []
+    def __init__(self, turns, cut=0):
+        self.turns, self.cut, self.seen = turns, cut, []
 
     def generate(self, prompts, keys, num_samples, max_lengths, temperature, stop_ids):
         groups = []
         for prompt, (*key, turn), limit in zip(prompts, keys, max_lengths, strict=True):
             assert limit >= num_samples == 1
-            ids = EMBEDDED(self.turns(tuple(key), turn))["input_ids"] + stop_ids[:1]
+            text = self.turns(tuple(key), turn)
+            ids = [
+                *EMBEDDED(text[: self.cut])["input_ids"],
+                *EMBEDDED(text[self.cut :])["input_ids"],
+                *stop_ids,
+            ]
             sample = Sample(prompt, ids[:limit], [True] * len(ids[:limit]), [-0.5 - turn] * len(ids[:limit]))
             sample.versions, sample.is_finished = [turn] * len(sample.ids), len(ids) <= limit
             self.seen.append((tuple(key), turn, list(prompt), sample.ids))
@@ -55,12 +61,12 @@ class Script:
         return groups
 
 
-def play(worker, turns, rows=({},), num_samples=2, max_turns=8, max_length=2000, max_new=1000):
+def play(worker, turns, rows=({},), num_samples=2, max_turns=8, max_length=2000, max_new=1000, cut=0):
     """Play scripted turns in an environment -> the groups of Samples and the engine."""
     user = {"role": "user", "content": "Go."}
     encode = functools.partial(common.encode_prompt, tokenizer=EMBEDDED, max_length=500, tools=worker.tools)
     rows = [encode({"prompt": [user], **row}) for row in rows]
-    keys, engine = [(0, 0, place) for place in range(len(rows))], Script(turns)
+    keys, engine = [(0, 0, place) for place in range(len(rows))], Script(turns, cut)
     limits = max_turns, max_length, max_new
     return common.play_episodes(engine, worker, EMBEDDED, rows, keys, num_samples, limits, 1.0, STOP), engine
 
@@ -88,7 +94,7 @@ def test_tokens_are_exactly_what_the_engine_saw(echo, data):
         turns = data.draw(st.lists(st.lists(TEXTS, min_size=1, max_size=2), max_size=4))
         scripts[key] = [*("".join(hermes("say", text=text) for text in texts) for texts in turns), "The end."]
     rows = [{"start": start}] * 2
-    groups, engine = play(echo, lambda key, turn: scripts[key][turn], rows, 2, max_turns, 600, max_new)
+    groups, engine = play(echo, lambda key, turn: scripts[key][turn], rows, 2, max_turns, 600, max_new, 3)
     for key, sample in zip(scripts, [sample for group in groups for sample in group], strict=True):
         assert not sample.failure
         whole, seen = sample.prompt_ids + sample.ids, [entry[2:] for entry in engine.seen if entry[0] == key]
