@@ -475,6 +475,7 @@ def test_evaluation_by_samples_and_failing_rewards(tmp_path):
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     with pytest.raises(UserError, match=r"step 1: 16 of 16 rewards failed: .*on purpose"):
         train(tmp_path / "raises", rewards=(f"{path}:raises", "accuracy", f"{path}:broken"), **flags)
+    assert "NaN" not in (tmp_path / "raises" / "metrics.jsonl").read_text()
     assert read_metrics(tmp_path / "raises")[0]["eval/failed_rewards"] == 18  # though two rewards failed
 
 
