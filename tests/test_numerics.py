@@ -131,12 +131,17 @@ def test_schedules():
         factors = [lr_factor(step, 110, 10, name) for step in range(110)]
         assert factors[:11] == [*((step + 1) / 10 for step in range(10)), 1]
         assert all(a >= b for a, b in pairwise(factors[10:]))
-    assert lr_factor(60, 110, 10, "linear") == 0.5
-    assert lr_factor(60, 110, 10, "cosine") == pytest.approx(0.5)
-    assert lr_factor(89, 110, 10, "wsd") == 1
-    assert lr_factor(100, 110, 10, "wsd") == pytest.approx(0.5)
-    assert lr_factor(109, 110, 10, "constant") == 1
-    assert 0 < lr_factor(109, 110, 10, "linear") < 0.02  # the last step still learns
+    cases = [
+        (60, "linear", 0.5),
+        (60, "cosine", 0.5),
+        (89, "wsd", 1),
+        (100, "wsd", 0.5),
+        (109, "constant", 1),
+    ]
+    cases += [(109, "linear", 0.01)]  # the last step still learns
+    assert [lr_factor(step, 110, 10, name) for step, name, _ in cases] == pytest.approx(
+        [x for *_, x in cases]
+    )
 
 
 def test_neftune_noise_is_uniform_up_to_alpha_over_the_root_of_length_times_width(monkeypatch, tmp_path):
@@ -242,16 +247,6 @@ def test_prompts_that_stand_in_the_row_once_change_nothing(window):
     assert sizes[0] - sizes[1] == sum(length * (len(each) - 1) for length, each in families)
     for repeated, shared in zip(*results, strict=True):
         torch.testing.assert_close(shared, repeated, rtol=1e-4, atol=1e-4)
-
-
-def test_generation_of_padded_batches_works_with_varlen():
-    """transformers' own use of a model loaded with varlen: left-padded generation equals that with SDPA."""
-    ids, mask = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]), torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
-    outputs = []
-    for attention in ("varlen", "sdpa"):
-        model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation=attention)
-        outputs.append(model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False))
-    assert torch.equal(*outputs)
 
 
 # ---- Architectures ----

@@ -1,6 +1,6 @@
 """Every command of the README: it runs with --max-steps 2 in this process, or under torchrun where ONCE says so.
 
-Commands that need a vLLM server are parsed and their flags checked here; with `-m slow` they run, too.
+Commands that need a vLLM server are parsed and their flags checked; test_vllm.py has real servers.
 """
 
 import importlib
@@ -8,9 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
-from importlib.util import find_spec
 
-import conftest
 import pytest
 import tyro
 from conftest import ASSETS, ROOT
@@ -104,19 +102,6 @@ def test_command_runs(tmp_path, command, monkeypatch):
         for pattern in ("runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl")
         for path in tmp_path.glob(pattern)
     ]
-
-
-@pytest.mark.slow
-@pytest.mark.vllm
-@pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
-@pytest.mark.parametrize(
-    "command", [one for one in COMMANDS if re.fullmatch(r"python \w+.py --engine vllm", one)]
-)
-def test_command_runs_with_its_own_server(tmp_path, command):
-    result = conftest.run(
-        *shlex.split(command)[1:], "--max-steps", "2", "--output-dir", tmp_path / "run", timeout=600
-    )
-    assert result.returncode == 0, result.stderr[-6000:]
 
 
 def test_the_servers_are_started_as_the_scripts_would():
