@@ -407,7 +407,7 @@ BAD = {
     "gamma without simpo": ({"simpo_gamma": 1.0}, r"--simpo.gamma"),
     "penalty without rdpo": ({"rdpo_alpha": 1.0}, r"--rdpo.alpha"),
     "precompute none": ({"loss_type": ("cpo", "sft"), "precompute_ref_log_probs": True}, r"--precompute.ref.log.probs"),
-    "pairs too long": ({"micro_batch_tokens": 20}, r"tokens.*--micro.batch.tokens"),
+    "pairs too long": ({"micro_batch_tokens": 2, "dataset": pair("a", "b", "c")}, r"tokens.*--micro.batch.tokens"),
     "a row is a ranking": ({"dataset": {"prompt": "a", "completions": ["b", "c", "d"], "ranks": [1, 2, 3]}}, r"(?s)row 1.*chosen and rejected"),
     "a row's side is a number": ({"dataset": pair("a", 1, "b")}, r"(?s)row 1.*`chosen`"),
     "all rows dropped": ({"dataset": pair("a", "b", "b")}, r"no row is left.*identical sides"),
@@ -418,7 +418,7 @@ BAD = {
 def test_bad_flags_and_rows(tmp_path, name):
     flags, message = BAD[name]
     if row := flags.get("dataset"):
-        flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", [row]),)}
+        flags = flags | {"dataset": (write_rows(tmp_path / "rows.jsonl", [row]),)}
     with pytest.raises(UserError, match=message):
         train(tmp_path / "run", **flags)
     assert not (tmp_path / "run").exists()
