@@ -378,13 +378,6 @@ class TestRealServer:
             expected = np.where(is_old, *(trainer_logps(model, sample, hot) for model in models))
             np.testing.assert_allclose(sample.logps, expected, atol=2e-4)
 
-    def test_another_architecture_cannot_be_sent(self, real):
-        engine = fresh(real)
-        engine.model = policy_like(ASSETS / "teacher")
-        with pytest.raises(EngineError, match="collective_rpc"):
-            engine.load_weights(engine.model.named_parameters(), 20)
-        real.request("POST", "resume")
-
     def test_a_teacher_tells_log_probs_of_given_tokens(self, real):
         fresh(real).load_weights(real.model.named_parameters(), 0)
         ids, mask = np.array(PROMPT), np.arange(len(PROMPT)) > 11
@@ -421,6 +414,13 @@ class TestRealServer:
         assert [row["step"] for row in rows] == [1, 2]
         if script is grpo:
             assert max(row["sampling/sampling_logp_difference/mean"] for row in rows) < 1e-4
+
+    def test_another_architecture_cannot_be_sent(self, real):
+        """It comes last: the server has then other shapes than its model."""
+        engine = fresh(real)
+        engine.model = policy_like(ASSETS / "teacher")
+        with pytest.raises(EngineError, match="collective_rpc"):
+            engine.load_weights(engine.model.named_parameters(), 20)
 
 
 def server_processes(log_path):
