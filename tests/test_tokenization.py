@@ -382,7 +382,7 @@ def test_every_row_is_accounted_for(tmp_path, capsys, monkeypatch):
     assert f" `id`: not used, in 3 rows, first in row 1 of {path}\n" in said
     assert f" `tools`: not used, in 1 rows, first in row 6 of {path}\n" in said
     assert f"example   {Q}[[b{IM}]]\n" in said
-    with pytest.raises(UserError, match="no row is left of 1 in .*none.jsonl; dropped: 1 nothing to train"):
+    with pytest.raises(UserError, match=r"no row is left of 1 in .*none.jsonl; dropped: 1 nothing to train"):
         prepared(tmp_path, [{"messages": chat("a")}], "none.jsonl")
     with pytest.raises(UserError, match=f"row 6 of .* has {longest} tokens; raise --micro-batch-tokens by 7"):
         prepared(tmp_path, [], sources=(str(path),), budget=longest - 7)
@@ -412,7 +412,7 @@ def test_errors_name_the_first_bad_rows(tmp_path):
         prepared(tmp_path, [{"messages": TWO}] * 3 + bad)
     assert str(error.value).count("\n") == 5
     (tmp_path / "numbers.jsonl").write_text('\n{"text": "abc"}\n\n{"text": 5}\n')
-    with pytest.raises(UserError, match="row 4 of .*: `text` is 5"):  # rows are counted as lines
+    with pytest.raises(UserError, match=r"row 4 of .*: `text` is 5"):  # rows are counted as lines
         prepared(tmp_path, [], sources=(str(tmp_path / "numbers.jsonl"),))
 
 
