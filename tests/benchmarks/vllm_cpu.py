@@ -11,15 +11,18 @@ import statistics
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from harness import HERE, ROOT, make_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(ROOT))
-from common import HFEngine, ServerNeeds, VLLMEngine, VLLMServer
+from common import HFEngine, make_engine
 
 PROMPTS, SAMPLES, NEW = 32, 8, 64
 
@@ -47,6 +50,7 @@ def make_larger(directory):
 
 def main():
     rng, rows = np.random.default_rng(0), {}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     prompts = [rng.integers(10, 500, int(rng.integers(75, 225))).tolist() for _ in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as directory:
         directory = Path(directory)
@@ -57,20 +61,22 @@ def main():
                 path, dtype=torch.float32, attn_implementation="varlen"
             )
             size = sum(weight.numel() for weight in model.parameters()) / 1e6
-            server = VLLMServer(ServerNeeds(str(path), "float32", 1024, "gloo"), log_path=directory / "log")
+            args = SimpleNamespace(
+                model=str(path), engine="vllm", vllm_url=(), vllm_args="", vllm_timeout=600.0
+            )
+            output_dir = directory / f"{path.name}-run"
+            engine = make_engine(args, model, torch.device("cpu"), torch.float32, 1024, output_dir)
+            versions, weights = count(1), dict(model.named_parameters())
             try:
-                server.wait()
-                engine = VLLMEngine([server], model, torch.float32)
-                weights = dict(model.named_parameters()).items()
-                rows[f"send {size:.1f}M weights"] = timed(5, engine.load_weights, weights, 1)
+                send = lambda: engine.load_weights(weights.items(), next(versions))  # noqa: B023, E731
+                rows[f"send {size:.1f}M weights"] = timed(5, send)
                 if path.name == "26M":
-                    hf = HFEngine(model)
                     keys = [(number,) for number in range(PROMPTS)]
-                    work = prompts, keys, SAMPLES, [NEW] * PROMPTS, 1.0, []
+                    work = prompts, keys, SAMPLES, NEW, 1.0, []
                     rows["generate, vllm"] = timed(3, engine.generate, *work)
-                    rows["generate, hf"] = timed(3, hf.generate, *work)
+                    rows["generate, hf"] = timed(3, HFEngine(model).generate, *work)
             finally:
-                server.stop()
+                engine.stop()
     for name, seconds in rows.items():
         print(f"| {name} | {seconds:.2f} s |")
     record = {name: round(seconds, 3) for name, seconds in rows.items()}
