@@ -94,7 +94,7 @@ def test_tokens_are_exactly_what_the_engine_saw(echo, data):
         turns = data.draw(st.lists(st.lists(TEXTS, min_size=1, max_size=2), max_size=4))
         scripts[key] = [*("".join(hermes("say", text=text) for text in texts) for texts in turns), "The end."]
     rows = [{"start": start}] * 2
-    groups, engine = play(echo, lambda key, turn: scripts[key][turn], rows, 2, max_turns, 600, max_new, 3)
+    groups, engine = play(echo, lambda key, turn: scripts[key][turn], rows, 2, max_turns, 600, max_new, 4)
     for key, sample in zip(scripts, [sample for group in groups for sample in group], strict=True):
         assert not sample.failure
         whole, seen = sample.prompt_ids + sample.ids, [entry[2:] for entry in engine.seen if entry[0] == key]
