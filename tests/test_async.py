@@ -88,7 +88,7 @@ def simulate(latency, per_step, max_staleness, num_steps, train_seconds):
             heapq.heappush(running, (now + latency(), slot, version))
         assert len(pacer.began) <= (max_staleness + 1) * per_step
         while (groups := pacer.take(version)) is None:
-            assert running, "the step waits for groups, and none is sampled"
+            assert running, "the step rows for groups, and none is sampled"
             finished, slot, began = heapq.heappop(running)
             now, pacer.finished[slot] = max(now, finished), (slot, began)
         assert len(groups) == per_step
@@ -205,15 +205,15 @@ def test_the_age_is_bounded_whoever_is_slow(tmp_path, monkeypatch, slow):
     ages = staleness(tmp_path / "run")
     assert max(ages) <= 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    waited = [row["perf/rollout_wait_s"] for row in waits[2:]]
+    waited = [row["perf/rollout_wait_s"] for row in rows[2:]]
     if slow == "trainer":
         assert ages[2:] == [2, 2, 2]
         assert max(waited) < 0.5
-        gaps = [row["sampling/sampling_logp_difference/mean"] for row in waits]
+        gaps = [row["sampling/sampling_logp_difference/mean"] for row in rows]
         assert gaps[0] < 1e-5 < gaps[-1], "the first step's samples are new; later the age shows"
     else:
         assert min(waited) > 0.1
-        assert all(row["utilisation/trainer"] < 0.9 for row in waits)
+        assert all(row["utilisation/trainer"] < 0.9 for row in rows)
 
 
 def test_replaced_groups_and_failed_rewards_are_counted_once(tmp_path):
