@@ -17,7 +17,7 @@ ASSETS = ROOT / "tests" / "assets"
 sys.path[:0] = [str(ROOT), str(ASSETS)]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 SHORT = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}  # a run for a test
-TIMES = ("tokens_per_second", "step_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "generate_seconds")
 if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2 on two cores: a thread each, here and in the scripts
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

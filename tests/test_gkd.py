@@ -1,11 +1,8 @@
 """gkd.py: divergences against whole logits and TRL, tokenizers, teachers, any split of the work, resume, learning."""
 
-import itertools
 import json
 import math
-import os
 import shutil
-import time
 from types import MethodType, SimpleNamespace
 
 import numpy as np
@@ -25,14 +22,10 @@ BETAS = [0.0, 0.1, 0.5, 1.0]
 
 
 def train(output_dir, **flags):
-    """Run gkd.py in this process -> the rows of metrics.jsonl without what depends on the clock."""
+    """Run gkd.py in this process -> its metrics."""
     short = {**SHORT, "batch_size": 16, "max_length": 100}
     gkd.main(gkd.Args(output_dir=str(output_dir), **{**short, **flags}))
-    return metrics_of(output_dir)
-
-
-def metrics_of(output_dir):
-    return [{k: v for k, v in row.items() if k != "generate_seconds"} for row in read_metrics(output_dir)]
+    return read_metrics(output_dir)
 
 
 def answers_of(output_dir):
@@ -127,21 +120,8 @@ def test_divergence_by_hand_and_of_trl():
         expected = GKDTrainer.generalized_jsd_loss(*logits, labels=labels, beta=beta, temperature=1.3)
         found = gkd.divergence(*(logits[:, 0, 5:] / 1.3).log_softmax(-1), beta)
         assert found.mean().item() == pytest.approx(expected.item())
-
-
-def test_bounds_of_divergences():
-    """Buckets never say more than tokens; nothing is away from itself; extreme logits give finite numbers."""
-    torch.manual_seed(0)
-    pair = (2 * torch.randn(2, 40, 31, dtype=torch.float64)).log_softmax(-1)
-    far = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)
-    for beta in BETAS:
-        tops = [pair[1].topk(k).indices for k in (1, 3, 10, 30)]
-        values = [gkd.divergence(*(gkd.to_buckets(x, top) for x in pair), beta) for top in tops]
-        values.append(gkd.divergence(*pair, beta))
-        assert all((less <= more + 1e-9).all() for less, more in itertools.pairwise(values))
-        assert gkd.divergence(pair[0], pair[0], beta).abs().max() < 1e-12
+        far = torch.tensor([[300.0, -300.0, 0.0]], requires_grad=True)  # probabilities underflow
         value = gkd.divergence(far.log_softmax(-1), (-far.detach()).log_softmax(-1), beta)
-        assert value.isfinite().all()
         assert torch.autograd.grad(value.sum(), far)[0].isfinite().all()
 
 
@@ -178,9 +158,6 @@ def test_no_tensor_holds_the_logits_of_all_positions(monkeypatch):
     assert max(sizes) < 200 * 2000 / 2
 
 
-# ---- Tokenizers and vocabularies ---------------------------------------------------------------------------
-
-
 def teacher_with(path, change):
     """A copy of the embedded teacher with its tokenizer.json changed."""
     shutil.copytree(TEACHER, path)
@@ -191,9 +168,8 @@ def teacher_with(path, change):
 
 
 def swap_two_ids(data):
-    vocab = data["model"]["vocab"]
-    one, two = (next(token for token, id in vocab.items() if id == number) for number in (300, 417))
-    vocab[one], vocab[two] = 417, 300
+    tokens = {id: token for token, id in data["model"]["vocab"].items()}
+    data["model"]["vocab"] |= {tokens[300]: 417, tokens[417]: 300}
 
 
 def read_otherwise(data):
@@ -270,6 +246,8 @@ def test_the_first_loss_is_the_models_divergence_on_data_and_on_samples(tmp_path
     sums = [eval(row["prompt"].split("What is ")[1].split("?")[0]) for row in answers]
     right = [row["completion"] == str(value) for row, value in zip(answers, sums, strict=True)]
     assert np.mean(right) > 0.9, "the teacher adds well"
+    ids, mask = gkd.sample_documents([Sample([1, 2], ids=[5, 9, 600, 7])], 512)[0]  # only one model knows 600
+    assert (ids.tolist(), mask.tolist()) == ([1, 2, 5, 9], [False, False, True, True])
 
 
 def test_a_step_samples_from_its_own_weights(tmp_path):
@@ -295,17 +273,12 @@ def test_a_step_samples_from_its_own_weights(tmp_path):
     assert sum(a["completion"] != b["completion"] for a, b in zip(answers[:8], answers[8:], strict=True)) > 4
 
 
-MODES = {
-    "off policy": {"lmbda": 0.0, "beta": 0.0},
-    "on policy": {"lmbda": 1.0, "beta": 1.0, "temperature": 0.9},
-    "mixed, top k": {"teacher_top_k": 8},
-    "sampled": {"lmbda": 1.0, "loss_type": "sampled"},
-}
+MODES = [{"lmbda": 0.0, "beta": 0.0}, {"lmbda": 1.0, "beta": 1.0, "temperature": 0.9}, {"teacher_top_k": 8}]
 
 
-@pytest.mark.parametrize("name", MODES)
-def test_micro_batches_do_not_change_the_curve(tmp_path, name):
-    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), "max_length": 50, **MODES[name]}
+@pytest.mark.parametrize("mode", [*MODES, {"lmbda": 1.0, "loss_type": "sampled"}], ids=str)
+def test_micro_batches_do_not_change_the_curve(tmp_path, mode):
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), "max_length": 50, **mode}
     curves = [train(tmp_path / str(n), micro_batch_tokens=n, **flags) for n in (60, 8192)]
     assert_same_curve(*curves, rtol=2e-3)
 
@@ -318,14 +291,9 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
     rows = train(tmp_path / "1", **flags)
     result = run("gkd.py", *flags_of(output_dir=tmp_path / "2", **flags), ranks=2)
     assert result.returncode == 0, result.stderr[-2000:]
-    assert_same_curve(metrics_of(tmp_path / "2"), rows, rtol=1e-2)
+    assert_same_curve(read_metrics(tmp_path / "2"), rows, rtol=1e-2)
     assert {row["on_policy"] for row in rows} == {0, 1}
     assert answers_of(tmp_path / "1") == answers_of(tmp_path / "2")
-
-
-def test_samples_end_before_ids_that_only_one_model_knows():
-    ids, mask = gkd.sample_documents([Sample([1, 2], ids=[5, 9, 600, 7])], 512)[0]
-    assert (ids.tolist(), mask.tolist()) == ([1, 2, 5, 9], [False, False, True, True])
 
 
 def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
@@ -338,7 +306,7 @@ def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
     assert curves[0] == curves[1] == curves[2]
 
 
-# ---- Servers: a teacher, and what is lost ------------------------------------------------------------------
+# ---- Served teachers, what is lost, resume, flags, learning ------------------------------------------------
 
 
 @pytest.fixture
@@ -377,16 +345,12 @@ def served(monkeypatch):
     return state
 
 
-SERVED = {
-    "top k": {"teacher_top_k": 8},
-    "reverse": {"teacher_top_k": 8, "beta": 1.0, "micro_batch_tokens": 120},
-    "sampled": {"loss_type": "sampled", "lmbda": 1.0},
-}
+SERVED = [{"teacher_top_k": 8}, {"teacher_top_k": 8, "beta": 1.0, "micro_batch_tokens": 120}]
 
 
-@pytest.mark.parametrize("name", SERVED)
-def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, served, name):
-    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), **SERVED[name]}
+@pytest.mark.parametrize("mode", [*SERVED, {"loss_type": "sampled", "lmbda": 1.0}], ids=str)
+def test_what_a_server_says_trains_as_the_local_teacher(tmp_path, served, mode):
+    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), **mode}
     local, remote = (train(tmp_path / teacher[-4:], teacher=teacher, **flags) for teacher in (TEACHER, URL))
     for row in (*local, *remote):
         row.pop("teacher_entropy")  # of the buckets only, by the server
@@ -411,11 +375,10 @@ def test_what_a_server_says_is_not_rounded_in_bfloat16(tmp_path, served, monkeyp
 def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, served, monkeypatch):
     flags = {"teacher": URL, "teacher_top_k": 4, "max_steps": 4, "lmbda": 0.6}
     flags["dataset"] = rows_file(tmp_path / "rows.jsonl", 48)
-    straight, generate, calls = train(tmp_path / "straight", **flags), HFEngine.generate, []
+    straight, generate, calls = train(tmp_path / "straight", **flags), HFEngine.generate, iter(range(9))
 
     def fragile(*inputs, **options):
-        calls.append(1)
-        if len(calls) == 2:
+        if next(calls) == 1:
             raise EngineError("the engine is gone")
         return generate(*inputs, **options)
 
@@ -428,9 +391,6 @@ def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, serve
         gkd.dist.destroy_process_group()
         served.fails_at = math.inf
         assert train(tmp_path / name, resume=True, **flags) == straight
-
-
-# ---- Resume, flags, learning -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "seq_kd": True}], ids=["defaults", "lora, seq-kd"])
@@ -454,7 +414,7 @@ BAD_FLAGS = [
     ({"seq_kd": True, "lmbda": 1.0}, "--seq-kd has no effect"),
     ({"lmbda": 0.0, "engine": "vllm"}, "--engine has no effect"),
     ({"lmbda": 0.0, "max_completion_length": 9}, "--max-completion-length has no effect"),
-    ({"teacher": URL, "temperature": 0.9}, "server's log-probs have --temperature 1"),
+    ({"teacher": URL, "temperature": 0.9}, "which scores at temperature 1; leave --temperature out"),
     ({"teacher": URL}, "gives no whole distributions; add --teacher-top-k 20"),
     ({"lmbda": 1.0, "loss_on": "all"}, "--loss-on has no effect"),
     ({"teacher_top_k": 512}, "--teacher-top-k 512 is not below the vocabulary, 512"),
@@ -473,11 +433,8 @@ def test_bad_flags(tmp_path):
 @pytest.mark.learn
 @pytest.mark.parametrize("flags", [[], ["--lmbda", "1"]], ids=["defaults", "on policy"])
 def test_default_run_learns(tmp_path, flags):
-    """In at most three minutes, from about half of the held-out sums to nine in ten."""
-    began = time.time()
+    """From about half of the held-out sums to nine in ten."""
     result = run("gkd.py", *flags, "--output-dir", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert time.time() - began < 180 * float(os.environ.get("TIME_FACTOR", 1))
-    rows = {row["step"]: row for row in metrics_of(tmp_path / "run") if "eval/exact_match" in row}
-    assert 0.4 < rows[0]["eval/exact_match"] < 0.6
-    assert rows[max(rows)]["eval/exact_match"] >= 0.9
+    right = [row["eval/exact_match"] for row in read_metrics(tmp_path / "run") if "eval/exact_match" in row]
+    assert 0.4 < right[0] < 0.6 < 0.9 <= right[-1]
