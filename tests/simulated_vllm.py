@@ -2,10 +2,9 @@
 
     python tests/simulated_vllm.py --model tests/assets/model --port 8000 --median-seconds 0.5 --spread 1
 
-It samples with the embedded engine, has honest log-probs, reloads weights from a file, labels them, and answers a request
-after a latency drawn from a log-normal distribution by the request's seed; requests do not wait for each other. With
-`--die-at ROUTE` it ends, as by kill -9, when ROUTE is asked for the `--die-after`-th time. The benchmark of asynchrony and
-tests of faults use it; tests with a real server stand in test_vllm.py.
+It samples with the embedded engine, has honest log-probs, reloads weights from a file and labels them. The request's seed
+draws its latency from a log-normal distribution; requests do not wait for each other. With `--die-at ROUTE` it ends, as by
+kill -9, when ROUTE is asked for the `--die-after`-th time. test_vllm.py has the tests with a real server.
 """
 
 import json
@@ -121,8 +120,7 @@ class Listener(ThreadingHTTPServer):
 
 
 def listen(answer, port=0):
-    """A Listener at this port of 127.0.0.1 (0: a free one) that answers with the JSON of answer(path, body), or with a
-    pair of an HTTP status and JSON."""
+    """A Listener at this port (0: a free one) that answers with answer(path, body): JSON, or an HTTP status and JSON."""
 
     class Handler(BaseHTTPRequestHandler):
         wbufsize = -1  # an answer is one packet
