@@ -60,7 +60,10 @@ def one_run(script, median_seconds, num_steps=STEPS):
         flush=True,
     )
     steady = steps[WARM:]
-    found = {name: statistics.mean(row[name] for row in steady) for name in ("step_seconds", "train_seconds")}
+    found = {"step_seconds": statistics.mean(row["step_seconds"] for row in steady)}
+    waits = ("generate_seconds", "perf/rollout_wait_s", "perf/weight_sync_s")  # what is not training
+    idle = [sum(row.get(name, 0.0) for name in waits) for row in steady]
+    found["train_seconds"] = found["step_seconds"] - statistics.mean(idle)
     tokens = sum(row["completions/mean_length"] * 256 for row in steady)
     found |= {"tokens_per_second": tokens / sum(row["step_seconds"] for row in steady)}
     found |= {
