@@ -197,7 +197,6 @@ def test_the_age_is_bounded_whoever_is_slow(tmp_path, monkeypatch, slow):
 
 
 def test_replaced_groups_and_failed_rewards_are_counted_once(tmp_path):
-    """With ratios to the sampler, and samples that are older than their step."""
     body = "    assert not any('1+' in prompt[-1]['content'] for prompt in prompts), 'no ones'\n"
     body += "    return [float(len(c[0]['content']) % 2) for c in completions]\n"
     reward = write_reward(tmp_path / "reward.py", body)
@@ -212,7 +211,6 @@ def test_replaced_groups_and_failed_rewards_are_counted_once(tmp_path):
 
 
 def test_tokens_of_other_ages_stop_the_run(tmp_path, monkeypatch):
-    """As if another run had given weights to the same server."""
     original = AsyncRollouts.wait
 
     def wait(self, version):
@@ -243,9 +241,9 @@ def cut_back(output_dir, step):
 
 @pytest.mark.parametrize("max_staleness", [0, 2])
 def test_a_resumed_run_trains_every_prompt_once(tmp_path, max_staleness):
-    """Without staleness it is exact."""
     flags = {**GROUPS, "max_staleness": max_staleness, "max_steps": 6, "save_every": 3}
-    straight = (train(async_grpo, tmp_path / "run", **flags), lasting(tmp_path / "run"))[1]
+    train(async_grpo, tmp_path / "run", **flags)
+    straight = lasting(tmp_path / "run")
     cut_back(tmp_path / "run", 3)
     train(async_grpo, tmp_path / "run", **flags, resume=True)
     check_prompts(tmp_path / "run", 6)
