@@ -295,6 +295,7 @@ class TestRealServer:
     def test_a_trainer_with_another_model_finds_out(self, real):
         engine, served, other = fresh(real), policy_like(), policy_like(scale=0.5)
         for model in (served, other):
+            common.register_attention()
             model.set_attn_implementation("varlen")
             model.token_stats = MethodType(grpo.token_stats, model)
         engine.load_weights(served.named_parameters(), 0)
