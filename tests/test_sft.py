@@ -7,6 +7,8 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -412,14 +414,21 @@ def test_the_output_directory_has_all_that_a_run_needs(tmp_path, ragged):
 
 @pytest.mark.parametrize("flags", [["--help"], ["--batch-size", "0", "--lora-alpha", "8"]])
 def test_help_and_refused_flags_are_quick_and_all_problems_come_at_once(flags):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = run("grpo.py", *flags)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """Within 4 s of CPU time, where `import torch` takes 1.3 s. (The other core's work makes both slower.)"""
+
+    def cpu_seconds(function, *arguments, **options):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = function(*arguments, **options)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return result, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    _, of_torch = cpu_seconds(subprocess.run, [sys.executable, "-c", "import torch"], check=True)
+    result, seconds = cpu_seconds(run, "grpo.py", *flags)
     output, expected = result.stdout + result.stderr, ["--batch-size", "--lora-alpha", "--lora-rank"]
     assert "Traceback" not in output
     assert all(flag in output for flag in expected)
     assert result.returncode == (flags != ["--help"])
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 4, "seconds of CPU time"
+    assert seconds < 4 * max(1, of_torch / 1.3)
 
 
 # ---- The default run ----
