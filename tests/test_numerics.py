@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ASSETS, ROOT, train, write_rows
+from peft import LoraConfig
 from torch.distributions import Categorical
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_pt_utils import LabelSmoother
 
 import sft
-from common import UserError, collate, encode_sft, split_batch
+from common import UserError, collate, encode_sft, split_batch, whole_weights
 from sft import lr_factor, sft_loss
 
 # ---- Log-probs without logits ----
@@ -340,3 +341,18 @@ def test_self_check_refuses_what_it_cannot_compute(name, changed, tmp_path):
     model.token_stats = MethodType(sft.token_stats, model)
     with pytest.raises(UserError, match="eager"):
         sft.self_check(model, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_whole_weights_add_adapters_as_the_model_does(name):
+    """GPT-2's layers hold their weights transposed."""
+    config = AutoConfig.for_model(name, **(SIZES | PACKED[name]))
+    model = AutoModelForCausalLM.from_config(config)
+    model.add_adapter(LoraConfig(r=2, target_modules="all-linear"))
+    for name_of, weight in model.named_parameters():
+        if "lora_B" in name_of:
+            torch.nn.init.normal_(weight)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    plain.load_state_dict(dict(whole_weights(model)), strict=False)
+    ids_BT = torch.arange(8)[None]
+    torch.testing.assert_close(plain(ids_BT).logits, model.eval()(ids_BT).logits, rtol=1e-4, atol=1e-4)

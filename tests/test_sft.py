@@ -226,9 +226,13 @@ def test_resume_is_exact(tmp_path, ragged, save_every, kept, mode):
         (cut / name).mkdir()
     with open(cut / "metrics.jsonl", "a") as file:
         file.write('{"step": 7, "lo')  # killed in the middle of a line
+    rows = [{"step": 4, "completion": "a\u2028b\x85c"}, {"step": 7, "completion": "later"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (cut / "completions.jsonl").write_text(text, encoding="utf-8")
     for _ in range(2):  # the second time there is nothing left to do, and nothing is done twice
         train(cut, resume=True, **flags, **mode)
         assert_same_run(cut, straight)
+    assert list(map(json.loads, (cut / "completions.jsonl").read_text().splitlines())) == rows[:1]
 
 
 STOPS = [(1, 1, "SIGKILL"), (2, 2, "SIGKILL"), (2, 1, "SIGKILL"), (1, 2, "SIGKILL"), (2, 2, "SIGTERM")]
