@@ -412,7 +412,10 @@ def test_the_output_directory_has_all_that_a_run_needs(tmp_path, ragged):
     assert (record["args"]["batch_size"], record["versions"]["torch"]) == (8, torch.__version__)
     for copied, source in (("script.py", "sft.py"), ("common.py", "common.py")):
         assert (tmp_path / "run" / copied).read_text() == (ROOT / source).read_text()
-    wandb_ids = {path.name.split("-", 3)[3].removesuffix("-1") for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+    wandb_ids = {
+        path.name.split("-", 3)[3].removesuffix("-1")
+        for path in (tmp_path / "run" / "wandb").glob("offline-run-*")
+    }
     assert len(wandb_ids) == 1, "a resumed run goes on in wandb, too"
 
 
