@@ -265,7 +265,10 @@ def test_a_group_has_one_seed_and_one_prompt(echo):
 def test_what_fails_costs_its_episode(echo):
     """A reward that is NaN is the reward function's to judge."""
     rows = [{"start": "raise"}, {"reward": 1}, {"start": "x " * 700}]
-    turns = lambda key, turn: "Done." if turn else hermes("say", text=["nan", "broken"][key[3]])  # noqa: E731
+
+    def turns(key, turn):
+        return "Done." if turn else hermes("say", text=["nan", "broken"][key[3]])
+
     groups, engine = play(echo, turns, rows, max_length=300)
     failures = ["no start"] * 2, ["", "no reward"], ["the prompt is too long"] * 2
     assert [[s.failure.removeprefix("environment: ") for s in group] for group in groups] == [*failures]

@@ -204,7 +204,11 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
     assert max(expected) - min(expected) > 0.01
     load, packings, split = Classifier.from_pretrained, set(), common.split_batch
     if rope:
-        loading = lambda *a, **k: (lambda model, info: (dynamic(model), info))(*load(*a, **k))  # noqa: E731
+
+        def loading(*args, **options):
+            model, info = load(*args, **options)
+            return dynamic(model), info
+
         monkeypatch.setattr(Classifier, "from_pretrained", loading)
     monkeypatch.setattr(common, "split_batch", lambda *args: packings.add(args[3]) or split(*args))
     common.load_judge.cache_clear()

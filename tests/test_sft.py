@@ -134,7 +134,11 @@ def test_weight_decay_is_on_matrices_only_and_dropout_of_the_model_is_left_out(t
 
 def test_bfloat16_trains_like_float32_and_reduces_in_float32(tmp_path, ragged, monkeypatch):
     policies, shard = [], sft.fully_shard
-    note = lambda module, **options: policies.append(options["mp_policy"]) or shard(module, **options)  # noqa: E731
+
+    def note(module, **options):
+        policies.append(options["mp_policy"])
+        return shard(module, **options)
+
     monkeypatch.setattr(sft, "fully_shard", note)
     flags = {"dataset": ragged, "model": untied_model(tmp_path / "model"), "batch_size": 37}
     exact, rounded = train(tmp_path / "a", **flags), train(tmp_path / "b", dtype="bfloat16", **flags)
