@@ -251,9 +251,7 @@ def real(tmp_path_factory):
 
 def fresh(real, seconds=60.0):
     """Another engine for the same server, as another run has."""
-    engine = VLLMEngine(real.urls, real.urls, real.model, torch.float32, "file", seconds)
-    engine.remedy = real.remedy
-    return engine
+    return VLLMEngine(real.urls, real.urls, real.model, torch.float32, "file", seconds)
 
 
 @needs_vllm
@@ -288,8 +286,7 @@ class TestRealServer:
         """Each token carries the version that drew it, and has the log-prob that these weights give."""
         hot, models = 2.0, [policy_like(scale=0.5, seed=seed) for seed in (1, 2)]
         for model in models:  # they hardly ever stop
-            with torch.no_grad():
-                model.get_output_embeddings().weight[model.generation_config.eos_token_id] = 0
+            model.get_output_embeddings().weight.data[model.generation_config.eos_token_id] = 0
         engine = fresh(real)
         for version in range(0, 40, 2):  # until the weights come between the first token and the last
             engine.load_weights(models[0].named_parameters(), version)
