@@ -60,8 +60,6 @@ class Server:
         match path:
             case "v1/models":
                 return {"data": [{"max_model_len": self.args.max_model_len}]}
-            case "is_paused":
-                return {"is_paused": self.is_paused}
             case "pause" if not self.is_paused:
                 self.lock.acquire()  # not in the midst of a completion
                 self.is_paused = True
@@ -74,7 +72,7 @@ class Server:
             case "resume" if self.is_paused:
                 self.is_paused = False
                 self.lock.release()
-            case "inference/v1/generate" if body:  # empty: is the route there?
+            case "inference/v1/generate":
                 return self.generate(body["token_ids"], body["sampling_params"])
         return {}
 
@@ -97,7 +95,7 @@ class Server:
 
     def generate(self, ids, params):
         seed, began, answer = params.get("seed", 0), time.monotonic(), queue.SimpleQueue()
-        settings = params["n"], params["temperature"], tuple(params["stop_token_ids"])
+        settings = params.get("n", 1), params.get("temperature", 1.0), tuple(params.get("stop_token_ids", ()))
         self.waiting.put((settings, ids, seed, params["max_tokens"], answer))
         group, label = answer.get()
         latency = self.args.median_seconds * random.Random(seed).lognormvariate(0, self.args.spread)

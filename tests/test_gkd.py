@@ -317,15 +317,14 @@ def served(monkeypatch):
     class Served(gkd.VLLMTeacher):
         def __init__(self, url, k, max_length, seconds):
             self.k, self.model = k or 1, AutoModelForCausalLM.from_pretrained(TEACHER)
-            self.engine = SimpleNamespace(stop=lambda: None, request=self.detokenize)
+            self.urls, self.process = [url], None
 
-        def detokenize(self, method, route, json):
-            return [{"prompt": state.tokenizer.decode(json["tokens"])}]
-
-        def tokenize(self, prompt="", messages=(), **flags):
+        def ask(self, url, route, body):
+            if route == "detokenize":
+                return {"prompt": state.tokenizer.decode(body["tokens"])}
             template = {"tokenize": False, "add_generation_prompt": False}
-            prompt = prompt or state.tokenizer.apply_chat_template(messages, **template)
-            return state.tokenizer(prompt)["input_ids"]
+            text = body.get("prompt") or state.tokenizer.apply_chat_template(body["messages"], **template)
+            return {"tokens": state.tokenizer(text)["input_ids"]}
 
         @torch.no_grad()
         def score(self, documents, device):
