@@ -286,7 +286,7 @@ def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(how):
         return "Done." if turn == 2 else hermes("go_wrong", how=how if (turn, key[3]) == (1, 1) else "")
 
     worker = EnvironmentWorker(ECHO, timeout=1)
-    worker.GRACE, process = 1, worker.process.pid
+    process = worker.process.pid
     groups, _ = play(worker, turns, num_samples=3)
     kind = "environment: crash" if how == "crash" else "environment: timeout"
     assert [sample.failure for sample in groups[0]] == ["", kind, "" if how == "hang" else kind]
