@@ -344,10 +344,10 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
 
 
 def test_a_run_plays_2048(tmp_path):
+    with pytest.raises(UserError, match="messages"):
+        train(tmp_path, [{"prompt": "a"}] * 4, environment=CALCULATOR)
     rows = [{"prompt": [{"role": "user", "content": "Play."}]}] * 6
     _, said = train(tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048")
-    with pytest.raises(UserError, match="messages"):
-        train(tmp_path / "text", [{"prompt": "a"}] * 4, environment=CALCULATOR)
     boards = [one["prompt"] for one in said]
     assert all("Play.\nscore=0\n" in board for board in boards)
     assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [1] * 4  # a group's
