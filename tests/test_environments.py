@@ -1,5 +1,6 @@
 """Environments: exact tokens over several turns, tool calls, processes that hang or die, seeds, and whole runs."""
 
+import contextlib
 import copy
 import functools
 import json
@@ -49,11 +50,8 @@ class Script:
         for prompt, (*key, turn), limit in zip(prompts, keys, max_lengths, strict=True):
             assert limit >= num_samples == 1
             text = self.turns(tuple(key), turn)
-            ids = [
-                *EMBEDDED(text[: self.cut])["input_ids"],
-                *EMBEDDED(text[self.cut :])["input_ids"],
-                *stop_ids,
-            ]
+            parts = EMBEDDED([text[: self.cut], text[self.cut :]])["input_ids"]
+            ids = [*parts[0], *parts[1], *stop_ids]
             sample = Sample(prompt, ids[:limit], [True] * len(ids[:limit]), [-0.5 - turn] * len(ids[:limit]))
             sample.versions, sample.is_finished = [turn] * len(sample.ids), len(ids) <= limit
             self.seen.append((tuple(key), turn, list(prompt), sample.ids))
@@ -77,10 +75,8 @@ def results(sample):
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
 
-TEXTS = st.one_of(
-    st.text(max_size=20),
-    st.sampled_from(["<|im_end|>", "<|im_start|>assistant\n", "\n\n", "7probe7", "</tool_call>", "<think>", "\ud800", "🂡é"]),
-)  # fmt: skip
+SPECIAL = ["<|im_end|>", "<|im_start|>assistant\n", "\n\n", "7probe7", "</tool_call>", "<think>", "\ud800", "🂡é"]  # fmt: skip
+TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(SPECIAL))
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -133,14 +129,9 @@ def test_an_episode_is_what_the_template_renders(echo):
 
 # ---- Templates and tool calls ----------------------------------------------------------------------------------------
 
-TEXT = {
-    "type": "object",
-    "properties": {"text": {"type": "string", "description": "t"}},
-    "required": ["text"],
-}
-TOOLS = [{"type": "function", "function": {"name": "say", "description": "d", "parameters": TEXT}}]
-STOPS = {"qwen3": "<|im_end|>", "qwen2_5": "<|im_end|>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>"}
-STOPS |= {"mistral": "</s>"}
+PARAMETERS = {"type": "object", "properties": {"text": {"type": "string"}}}
+TOOLS = [{"type": "function", "function": {"name": "say", "description": "d", "parameters": PARAMETERS}}]
+STOPS = {"qwen3": "<|im_end|>", "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "mistral": "</s>"}
 
 
 @pytest.mark.parametrize("name", STOPS)
@@ -174,19 +165,13 @@ NO_PLACE = "has no place for a tool's result"
 
 @pytest.mark.parametrize(("tokenizer", "stop", "message"), [
     (EMBEDDED, "<|im_end|>", None),
-    (stock("qwen3"), "<|im_end|>", None),
-    (stock("qwen2_5"), "<|im_end|>", None),
     (stock("llama3_1"), "<|eot_id|>", r"writes a tool call as .*\"name\": \"say\".*needs a `response_template`"),
-    (EMBEDDED, "<|endoftext|>", NO_PLACE),
     (with_template("{% for m in messages if m.role != 'tool' %}" + TURN), "<|im_end|>", NO_PLACE),
-    (with_template("{% for m in messages if m.role == 'tool' %}{{ m.content }}{% endfor %}"
-                   "{% for m in messages if m.role != 'tool' %}" + TURN), "<|im_end|>", NO_PLACE),
+    (with_template("{% for m in messages[::-1] %}" + TURN), "<|im_end|>", NO_PLACE),
 ])  # fmt: skip
 def test_templates_that_do_not_serve_are_refused(tokenizer, stop, message):
     stop_ids = [tokenizer.convert_tokens_to_ids(stop)]
-    if message is None:
-        return common.check_tools(tokenizer, TOOLS, stop_ids)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
         common.check_tools(tokenizer, TOOLS, stop_ids)
 
 
@@ -198,7 +183,6 @@ SAY_YES, SAY_NO = hermes("say", text="yes"), hermes("say", text="no")
 
 
 @pytest.mark.parametrize(("form", "text", "expected"), [
-    (None, "No call.", []),
     (None, SAY_YES, [YES]),
     (None, 'A<b:\n<tool_call>\n{"name": "say", "arguments": "{\\"text\\": \\"é\\\\n\\"}"}\n</tool_call>\n' + SAY_NO, [("say", {"text": "é\n"}, ""), NO]),
     (None, "<think>" + SAY_NO + "</think>" + SAY_YES, [YES]),
@@ -206,14 +190,9 @@ SAY_YES, SAY_NO = hermes("say", text="yes"), hermes("say", text="no")
     (None, hermes("shout", text="a"), [("shout", {"text": "a"}, "Tool shout not found.")]),
     (None, hermes("reset"), [("reset", {}, "Tool reset not found.")]),
     (None, '<tool_call>{"name": "say", "arguments"</tool_call>', [BAD]),
-    (None, '<tool_call>{"name": "say", "arguments": {}}', [BAD]),
     (None, "<tool_call>" + "[" * 100_000 + "</tool_call>", [BAD]),
-    (None, '<tool_call>{"name": ["say"]}</tool_call>', [BAD]),
-    (None, '<tool_call>{"name": "say", "arguments": [1]}</tool_call>', [BAD]),
-    (None, "<tool_call>7</tool_call>" + SAY_YES, [BAD, YES]),
+    (None, SAY_NO + "<tool_call>7</tool_call>" + SAY_YES, [NO, BAD]),
     (QWEN, "<think>\nHm.\n</think>\n\n" + SAY_YES + "\n" + SAY_NO, [YES, NO]),
-    (QWEN, "Nothing.", []),
-    (QWEN, '<tool_call>{"name"</tool_call>', [BAD]),
     (LLAMA, '{"name": "say", "parameters": {"text": "yes"}}', [YES]),
 ])  # fmt: skip
 def test_calls_as_hermes_and_response_templates_have_them(form, text, expected):
@@ -253,13 +232,12 @@ def test_calls_of_episodes_run_at_the_same_time_and_answers_keep_their_order(ech
 
 def test_a_group_has_one_seed_and_one_prompt(echo):
     rows = [{"start": "seed", "seed_of": "row"}, {"start": "seed"}, {"start": "seed", "seed": 99}]
-    groups, engine = play(echo, lambda key, turn: "Done.", rows, num_samples=3)
+    groups, _ = play(echo, lambda key, turn: "Done.", rows, num_samples=3)
     said = [{sample.raw_prompt[-1]["content"] for sample in group} for group in groups]
     assert [len(prompts) for prompts in said] == [1, 1, 1]
     assert len(set().union(*said)) == 3
     assert said[2] == {"Go. seed 99"}
-    for (_, _, place, _), _, prompt, _ in engine.seen:
-        assert EMBEDDED.decode(prompt).startswith(f"<|im_start|>user\n{min(said[place])}<|im_end|>")
+    assert "Go. seed 99<|im_end|>" in EMBEDDED.decode(groups[2][0].prompt_ids)
 
 
 def test_what_fails_costs_its_episode(echo):
@@ -286,7 +264,7 @@ def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(how):
         return "Done." if turn == 2 else hermes("go_wrong", how=how if (turn, key[3]) == (1, 1) else "")
 
     worker = EnvironmentWorker(ECHO, timeout=1)
-    worker.GRACE, process = 1, worker.process.pid
+    process = worker.process.pid
     groups, _ = play(worker, turns, num_samples=3)
     kind = "environment: crash" if how == "crash" else "environment: timeout"
     assert [sample.failure for sample in groups[0]] == ["", kind, "" if how == "hang" else kind]
@@ -303,7 +281,6 @@ def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(how):
     ("echo.py:NoReset", "it needs a method `reset`"),
     ("echo.py:NoTools", "and a public one that is a tool"),
     ("echo.py:NoHints", "Argument x is missing a type hint"),
-    ("echo.py:NoDocs", "it has no docstring"),
 ])  # fmt: skip
 def test_environments_that_are_none_are_refused(name, message):
     with pytest.raises(UserError, match=f"--environment .*{message}"):
@@ -366,19 +343,9 @@ def test_a_run_trains_what_was_sampled_and_nothing_else(tmp_path, monkeypatch):
     assert said[0]["advantage"] > 0 > said[1]["advantage"]
 
 
-def test_failed_episodes_leave_the_loss_and_are_counted(tmp_path, monkeypatch):
-    hang = hermes("go_wrong", how="hang")
-    scripted(monkeypatch, lambda key, turn: hang if key[3] == 3 else "nan"[key[3] :])
-    flags = {"environment": ECHO, "reward_timeout": 1.0, "max_steps": 1, "max_completion_length": 200}
-    rewards = ("environment", f"{ASSETS / 'rewards.py'}:length")
-    (row,), said = train(tmp_path, ROWS[:2], rewards=rewards, **flags)
-    assert row["failed_rewards"] == 2
-    assert [one["advantage"] is None for one in said] == [False, False, False, True] * 2
-    assert [*said[0]["rewards"].values()] == [0.0, 3.0]
-    assert {*said[3]["rewards"].values()} == {None}
-
-
 def test_a_run_plays_2048(tmp_path):
+    with pytest.raises(UserError, match="messages"):
+        train(tmp_path, [{"prompt": "a"}] * 4, environment=CALCULATOR)
     rows = [{"prompt": [{"role": "user", "content": "Play."}]}] * 6
     _, said = train(tmp_path, rows, environment=f"{ASSETS / 'game_2048.py'}:Game2048")
     boards = [one["prompt"] for one in said]
@@ -386,11 +353,6 @@ def test_a_run_plays_2048(tmp_path):
     assert [len(set(boards[first : first + 4])) for first in range(0, 16, 4)] == [1] * 4  # a group's
     assert len(set(boards)) == 4
     assert all(one["rewards"] == {"environment": 0.0} for one in said)  # the model has never seen a tool
-
-
-def test_an_environment_needs_messages(tmp_path):
-    with pytest.raises(UserError, match="messages"):
-        train(tmp_path, [{"prompt": "a"}] * 4, environment=CALCULATOR)
 
 
 @pytest.mark.learn

@@ -16,7 +16,7 @@ import torch
 import trl.rewards
 from conftest import ASSETS, train, write_rows
 from transformers import AutoModelForSequenceClassification as Classifier
-from transformers import AutoTokenizer, BloomConfig, BloomForSequenceClassification
+from transformers import AutoTokenizer
 
 import common
 import grpo
@@ -54,6 +54,10 @@ EQUAL = [  # what is said, what is right
     ("<think>x</think><answer> 42 </answer>", "42"), ("<answer>41</answer> no, <answer>42</answer>", "42"), ("it is **42**.", "42"), ("**Note** the result: **42** ", "42"),
     (r"So it is \boxed{2}.", r"our answer is $\boxed 2$."), (r"So it is \boxed{2}.", r"thus $\boxed{2}$."), (r"\boxed{\frac{\sqrt{2^{3}}}{2}}", r"\sqrt{2}"),
     ("The answer is J.", "J"), ("(F) 12", "F"), ("(c)", "C"), ("C. Paris", "C"), ("C) A cat", "C"), (r"\boxed{\text{(C)}}", "C"), ("**Answer:** C, not B", "(c)"),
+    ("### Answer\n42", "42"), ("## Final Answer\n\n$$42$$\n\nI hope it helps.", "42"), ("**Answer**\n42", "42"), ("<answer>The answer is 42.</answer>", "42"),
+    ("So he has **42 apples**.", "42"), ("It is **$42**.", "42"), (r"$3\sqrt{2}$ cm", r"3\sqrt{2}"), (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}"), (r"5\pi cm^3", r"5\pi"),
+    (r"\frac{\pi}{4} \text{ radians}", r"\frac{\pi}{4}"), ("42 miles per hour", "42"), ("2\\pi", r"2\pi \text{ square inches}"), (r"\log_2 8", r"\log_2 8"), (r"\log_2 8", "3"), (r"\log_{10} 1000", "3"),
+    (r"\varnothing", r"\emptyset"), (r"\{\}", r"\varnothing"), ("2", r"so $\boxed 2$"), ("12+30", "12 + 30"), ("NaN", "nan"), ("42", r"6 + 7 = 13, so the answer is \boxed{42}"),
     ("It could be A or B, but I take D", "D"), ("A careful look says (E)", "E"), ("<think>A</think>B", "B"), ("#### Which one?\nAnswer: B", "B"), ("C", "C."), ("x", "x"),
 ]  # fmt: skip
 UNEQUAL = [
@@ -71,6 +75,7 @@ UNEQUAL = [
     ("(1,2)", "[1,2]"), ("[1,2]", "(1,2)"), (r"\{1,2\}", "(1,2)"), (r"\{1,3\}", r"\{1,2\}"), ("(2,1)", "(1,2)"), ("[0,1]", "[0,1)"),
     ("x^2+1", "(x+1)^2"), ("x", "y"), ("2x", "2"), ("Pairs", "Paris"), ("London", "Paris"), ("}", "}{"),
     ("<answer>42</answer> <answer>43</answer>", "42"), (r"<answer>42</answer> \boxed{43}", "42"), ("**42** or **43**", "42"), (r"\boxed 4 2", "42"), ("forty-two", "42"),
+    (r"\log_2 8", "4"), (r"\log_2 8 + 1", "4"), (r"\varnothing", "0"), (r"3\sqrt{2} cm", r"3\sqrt{3}"), ("42 or more", "42"), ("the answer\nis not 42", "42"),
     ("A or B", "A"), ("Cat", "C"), ("I'D say", "D"), ("none of them", "N"), ("", "A"), (r"\boxed{", "B"), ("2x", "x"), ("C", "2"),
 ]  # fmt: skip
 
@@ -86,9 +91,11 @@ def test_answers_that_are_wrong(said, gold):
 
 
 def test_answer_or_else_solution_or_none():
-    found = accuracy(["1", "2", "3", "4"], [1, None, None, 5.0], solution=[2, r"so \boxed{2}", None, 4])
-    assert found == [1, 1, None, 0]
-    assert accuracy(["1"]) == [None]
+    found = accuracy(
+        ["1", "2", "3", "4", "5"], [1, None, None, 5.0, ""], solution=[2, r"so \boxed{2}", None, 4, 5]
+    )
+    assert found == [1, 1, None, 0, 1]
+    assert accuracy(["1", "", "{'a': 1}"], answer=[None, "", {"a": 1}]) == [None] * 3
     assert common.as_number("0.1") * 3 == common.as_number("0.3")
 
 
@@ -119,6 +126,10 @@ def test_format_equals_trls_and_wants_an_answer():
     assert found == [float(one and has) for one, has in zip(theirs, answered, strict=True)]
     assert 20 < sum(found) < 480
     assert common.think_format(messages("two and three\n</think>\n5", "5")) == [1, 0]
+    said = messages("why</think>5", "why</think>5", "<think>why</think>5", "<think>why</think>5")
+    ends = ["assistant\n<think>\n", "assistant\n"] * 2
+    assert common.think_format(said, prompt_ends=ends) == [1, 0, 0, 1]
+    assert load_reward("regex:<think>.*5")(completions=said, prompt_ends=ends) == [1, 0, 1, 1]
 
 
 RNG = random.Random(0)
@@ -140,23 +151,16 @@ def test_rewards_equal_trls(name, expected):
     assert found == pytest.approx(expected)
 
 
-SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer", "minimum": 1}}}
-JSON = ['{"n": 1}', '{"n": 0}', "{}", "n", '{"n": NaN}', '[{"n": 1}]', '<think>{</think>{"n": 2}', "[" * 100_000,
-        'Here:\n```json\n{"n": "x"}\n```\nor\n```json\n{"n": 3}\n```\nDone', '```json\n{"n": 3}\n```\n```json\n{}\n```']  # fmt: skip
-
-
 @pytest.mark.parametrize(("name", "columns", "expected"), [
     ("repetition:2", {"completion_ids": [[1, 2, 3, 4], [5] * 5, []]}, [0, -0.75, 0]),
     ("overlong:20", {"completion_ids": [[1] * n for n in (80, 90, 100, 101)]}, [0, -0.5, -1, -1]),
     ("cosine", {"completions": ["1", "2", "2", "2"], "completion_ids": [[1] * n for n in (50, 50, 0, 7)], "answer": [1, 1, 2, None]}, [0.75, -0.75, 1, None]),
     (r"regex:<a>.*</a>:\d", {"completions": ["<a>x\ny</a>:1", "<a></a>:12", " <a></a>:1"]}, [1, 0, 0]),
     (r"regex:<a>.*</a>:\d", {"completions": messages("<a></a>:7", "", "7")}, [1, 0, 0]),
-    ("json-schema:{}", {"completions": JSON}, [1, 0, 0, 0, 0, 0, 1, 0, 1, 0]),
     ("environment", {"completions": ["a", "b"], "environment_reward": [0.5, math.inf]}, [0.5, math.inf]),
 ])  # fmt: skip
-def test_rewards_by_hand(tmp_path, name, columns, expected):
-    (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
-    found = load_reward(name.format(tmp_path / "schema.json") if "json" in name else name, 100)(**columns)
+def test_rewards_by_hand(name, columns, expected):
+    found = load_reward(name, 100)(**columns)
     assert [value if value is None else pytest.approx(value) for value in found] == expected
 
 
@@ -185,14 +189,7 @@ def judge(tmp_path_factory):
     return str(run / "final"), Classifier.from_pretrained(run / "final").eval()
 
 
-def dynamic(model):
-    """With an embedding that depends on the length of its row."""
-    model.config.rope_parameters["rope_type"] = "dynamic"
-    return model
-
-
-@pytest.mark.parametrize("rope", [None, "dynamic"], ids=["packed", "alone"])
-def test_reward_model_equals_transformers(judge, monkeypatch, rope):
+def test_reward_model_equals_transformers(judge):
     path, model = judge
     rows = [json.loads(line) for line in (ASSETS / "prompts.jsonl").read_text().splitlines()[:40]]
     rng = random.Random(0)
@@ -202,40 +199,16 @@ def test_reward_model_equals_transformers(judge, monkeypatch, rope):
     said = [text if isinstance(prompt, str) else messages(text)[0] for prompt, text in pairs]
     expected = scores_of(model, path, prompts, said)
     assert max(expected) - min(expected) > 0.01
-    load, packings, split = Classifier.from_pretrained, set(), common.split_batch
-    if rope:
-
-        def loading(*args, **options):
-            model, info = load(*args, **options)
-            return dynamic(model), info
-
-        monkeypatch.setattr(Classifier, "from_pretrained", loading)
-    monkeypatch.setattr(common, "split_batch", lambda *args: packings.add(args[3]) or split(*args))
-    common.load_judge.cache_clear()
     reward = load_reward(f"reward-model:{path}")
     assert reward(prompts=prompts, completions=said, answer=None) == pytest.approx(expected, abs=1e-5)
     values = reward(prompts=["1+1=", "1+1=", "1 " * 5000], completions=["2", "", "2"])
     assert [math.isnan(value) for value in values] == [False, True, True]
-    assert packings == {rope is not None}
     assert np.isnan(reward(prompts=["1"], completions=[""])).all()
-
-
-def test_reward_model_that_leaks_between_rows_scores_each_alone(tmp_path):
-    """BLOOM's own attention does, and a new head's scores hide it from any tolerance for rounding."""
-    sizes = {"vocab_size": 512, "hidden_size": 32, "n_layer": 2, "n_head": 2, "num_labels": 1}
-    config = BloomConfig(**sizes, pad_token_id=0, eos_token_id=2)
-    torch.manual_seed(0)
-    BloomForSequenceClassification(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(ASSETS / "model").save_pretrained(tmp_path)
-    model = Classifier.from_pretrained(tmp_path).eval()
-    prompts, said = ["1+1=", "20+22=", "3+4="] * 4, [str(n) for n in range(12)]
-    values = load_reward(f"reward-model:{tmp_path}")(prompts=prompts, completions=said)
-    assert values == pytest.approx(scores_of(model, tmp_path, prompts, said), abs=1e-6)
 
 
 # ---- Names, columns, runs --------------------------------------------------------------------------------------------
 
-KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, format, json-schema, "
+KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, format, overlong, "
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -249,30 +222,38 @@ KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, format, json-schema,
     ("repetition:two", "invalid literal for int"),
     ("overlong", "invalid literal for int"),
     ("overlong:65", "CACHE must be from 1 to 64"),
-    ("json-schema:nowhere.json", "No such file"),
-    (f"json-schema:{REWARDS}", "JSONDecodeError"),
-    ("json-schema:{}", "'numbr' is not valid"),
     ("reward-model:nowhere", "--rewards reward-model:nowhere: "),
     (f"reward-model:{ASSETS / 'model'}", "it is no model with one label"),
 ])  # fmt: skip
 def test_rewards_that_do_not_exist_are_refused(tmp_path, name, message):
     bad = tmp_path / "bad.py"
-    bad.write_text('{"type": "numbr"}' if "schema" in name else "def f(:")
+    bad.write_text("def f(:")
     with pytest.raises(UserError, match=message):
         load_reward(name.format(bad), 64)
 
 
+GOLDS = ["42", 42, 0, r"$\boxed 2$", "so\n#### 42", "J", float("nan"), "12 + 30"]
+GOLDS += ["", None, {"a": 1}, ["42"], r"\boxed{4"]  # five that no answer agrees with
+NONE = "rows have no right answer for accuracy and cosine, for example"
+
+
 @pytest.mark.parametrize(("names", "rows", "message"), [
-    (["accuracy", "cosine"], [{"question": "a", "answer": None}, {"solution": 3}], ""),
+    (["accuracy", "cosine"], [{"question": "a", "answer": None}, {"solution": 3}], f'1 of 2 {NONE} {{"question": "a", "answer": null}}'),
     (["format", "regex:a"], [{"question": "a"}], ""),
-    (["format", "accuracy"], [{"question": "a", "answer": None}], "need a column `answer` or `solution`; the data has .*'question'"),
-    (["cosine"], [{}], "need a column"),
-    (["format"], [{"answer": "1"}, {"prompts": "x"}], "rename them"),
-    (["format"], [{"completions": "x"}], "rename them"),
+    (["accuracy"], [{"answer": "", "solution": "so 42"}, {"answer": {}, "solution": "42"}], f"1 of 2 {NONE} {{\"answer\": {{}}"),
+    (["accuracy"], [{"answer": gold} for gold in GOLDS], f"5 of 13 {NONE} {{\"answer\": \"\"}}"),
+    (["format", "accuracy"], [{"question": "a", "answer": None}], UserError(f"1 of 1 {NONE} {{\"question\": .* need a column `answer` or `solution`")),
+    (["cosine"], [{}], UserError("1 of 1 .* need a column")),
+    (["accuracy"], [{"answer": {"a": 1}}, {"answer": r"\boxed{4"}], UserError("2 of 2 .*with text or a number")),
+    (["format"], [{"answer": "1"}, {"prompts": "x"}], UserError("rename them")),
+    (["format"], [{"completions": "x"}], UserError("rename them")),
 ])  # fmt: skip
-def test_columns_that_rewards_need(names, rows, message):
-    with pytest.raises(UserError, match=message) if message else contextlib.nullcontext():
+def test_columns_that_rewards_need(capsys, names, rows, message):
+    is_refused = isinstance(message, UserError)
+    with pytest.raises(UserError, match=str(message)) if is_refused else contextlib.nullcontext():
         common.check_reward_columns(names, [json.dumps(row) for row in rows])
+    printed = capsys.readouterr().out
+    assert is_refused or (message in printed if message else not printed)
 
 
 def test_a_run_without_the_column_is_refused(tmp_path):

@@ -9,12 +9,8 @@ import time
 
 class Echo:
     async def reset(self, start="", seed=None, **row):
-        self.done, self.said, self.loop, self.thread = (
-            False,
-            [],
-            asyncio.get_running_loop(),
-            threading.get_ident(),
-        )
+        self.done, self.said = False, []
+        self.loop, self.thread = asyncio.get_running_loop(), threading.get_ident()
         if start == "raise":
             raise RuntimeError("no start")
         return f" seed {seed}" if start == "seed" else start or None
@@ -88,7 +84,3 @@ class NoHints(NoTools):
         Args:
             x: Something.
         """
-
-
-class NoDocs(NoTools):
-    def f(self, x: int): ...

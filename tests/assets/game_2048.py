@@ -10,7 +10,7 @@ class Game2048:
 
     GOOD_SCORE = 20_000  # about that of a game that reaches the tile 2048
 
-    def reset(self, seed=0):
+    def reset(self, seed=0, **_):
         self.random = random.Random(seed)
         self.board, self.score, self.done = [[0] * 4 for _ in range(4)], 0, False
         self._spawn()
