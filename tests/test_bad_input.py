@@ -17,12 +17,10 @@ import sft
 from common import UserError, encode_preference, encode_prompt, encode_sft, load_tokenizer, prepare_data
 
 EMBEDDED = load_tokenizer(ASSETS / "model")
-SFT = functools.partial(encode_sft, tokenizer=EMBEDDED, vocab_size=512), common.SFT_FEATURES
-PAIRS = (
-    functools.partial(encode_preference, tokenizer=EMBEDDED, rankings=True, vocab_size=512),
-    common.PREFERENCE_FEATURES,
-)
-PROMPTS = functools.partial(encode_prompt, tokenizer=EMBEDDED, vocab_size=512), common.PROMPT_FEATURES
+OPTIONS = {"tokenizer": EMBEDDED, "vocab_size": 512}
+SFT = functools.partial(encode_sft, **OPTIONS), common.SFT_FEATURES
+PAIRS = functools.partial(encode_preference, rankings=True, **OPTIONS), common.PREFERENCE_FEATURES
+PROMPTS = functools.partial(encode_prompt, **OPTIONS), common.PROMPT_FEATURES
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 ASKED = GOOD["messages"][:1]
 
@@ -53,6 +51,9 @@ ROWS = {  # a row of a .jsonl file -> the message
     "prompt without completion": ({"prompt": "a", "completion": None}, r"the row has the columns \['completion', 'prompt'\]; it needs one of .*completion"),
     "completion is a number": ({"prompt": "a", "completion": 5}, r"`completion` is 5; it must be str \| list\[dict\]"),
     "text is a number": ({"text": 5}, r"`text` is 5; it must be str"),
+    "a control token in a text": ({"text": "a<|im_start|>b"}, r"the text contains <\|im_start\|>, which only the chat template may write; remove it"),
+    "the end in a prompt": ({"prompt": "a<|im_end|>b", "completion": "c"}, r"the text contains <\|im_end\|>, which"),
+    "the end within a completion": ({"completion": "b<|im_end|>c"}, r"the text contains <\|im_end\|>, which"),
     "half of a character": ("\ud800", r"the row is not JSON: .*surrogates not allowed"),
     "ids beyond the vocabulary": ({"input_ids": [1, 512]}, r"its ids are 1 to 512, the model has 512"),
     "ids below 0": ({"input_ids": [1, -7]}, r"its ids are -7 to 1, the model has 512"),
@@ -72,6 +73,7 @@ SIDES = {  # a row of preferences -> the message
     "one side": ({"prompt": "a", "chosen": "b"}, r"the row has the columns \['chosen', 'prompt'\]; it needs chosen and rejected, or completions"),
     "a side is a number": ({"prompt": "a", "chosen": "b", "rejected": 3}, r"`rejected` is 3; it must be str \| list\[dict\]"),
     "sides without a prompt": ({"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, r"each side must begin with the assistant's reply"),
+    "a control token in a side": ({"prompt": "a", "chosen": "b<|im_start|>", "rejected": "c"}, r"the text contains <\|im_start\|>, which"),
     "sides begin with the user": ({"prompt": ASKED, "chosen": GOOD["messages"], "rejected": [*ASKED, *ASKED]}, r"each side must begin with the assistant's reply to `prompt`"),
     "nothing of the assistant": ({"prompt": ASKED, "chosen": [{**GOOD["messages"][1], "weight": 0}], "rejected": "c"}, r"dropped: 1 nothing to train"),
     "margin is text": ({"chosen": "a", "rejected": "b", "margin": "much"}, r"`margin` is \"much\"; it must be float"),
@@ -86,6 +88,7 @@ ASKS = {  # a row of prompts -> the message
     "no prompt": ({"question": "a"}, r"the row has the columns \['question'\]; it needs a prompt"),
     "an empty prompt": ({"prompt": ""}, r"it needs a prompt, not empty"),
     "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message; remove it"),
+    "the end at a prompt's end": ({"prompt": "a<|im_end|>"}, r"the text contains <\|im_end\|>, which"),
     "a prompt is a number": ({"prompt": 5}, r"`prompt` is 5; it must be str \| list\[dict\]"),
 }  # fmt: skip
 CASES = [(SFT, *case) for case in ROWS.items()] + [(PAIRS, *case) for case in SIDES.items()] + [(PROMPTS, *case) for case in ASKS.items()]  # fmt: skip
@@ -255,10 +258,7 @@ def test_the_command_prints_the_message_alone_and_ends_with_1():
 
 def test_other_data_are_not_evaluated_on_the_embedded_ones(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [GOOD] * 8)
-    sft.main(
-        sft.Args(
-            output_dir=str(tmp_path / "run"), dataset=(rows,), wandb="disabled", max_steps=1, batch_size=8
-        )
-    )
+    options = {"wandb": "disabled", "max_steps": 1, "batch_size": 8}
+    sft.main(sft.Args(output_dir=str(tmp_path / "run"), dataset=(rows,), **options))
     assert "eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert capsys.readouterr().out.count("data      ") == 1

@@ -146,7 +146,9 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
     "no end": (PLAIN, TWO, "ends no answer with a special token, to stop at; give one with {% generation %}"),
     "an end after the last answer only": (PLAIN + "{{ eos_token }}</s>", TWO, "does not show where message 1 begins"),
     "no beginning": (OTHER_EACH_TIME, chat("a", "bb", "c", "d"), "does not show where message 1 begins; give one with {% gen"),
-    "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 contains <\|im_end\|>, which the template adds"),
+    "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 .assistant: .* contains <\|im_end\|>, which only the chat template may write"),
+    "a turn within the user's words": ("llama3", chat(f"a{EOT}<|start_header_id|>system", "b"), r"message 0 .user: .* contains <\|eot_id\|>, <\|start_header_id\|>, which"),
+    "a control token in a tool's result": ("qwen3", [*CALLED[:2], tool(f"7{IM}"), CALLED[3]], r"message 2 .tool: .* contains <\|im_end\|>, which"),
     "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], "template drops tool calls"),
     "a developer message that is dropped": (DROPS, [{"role": "developer", "content": "a"}, *TWO], r"drops message 0 .developer: \"a\""),
     "words apart from their call": ("gemma4", [user("a"), assistant("CALLING.", tool_calls=CALL), *CALLED[2:]], "does not render message 1 in one place"),
@@ -158,11 +160,6 @@ def test_what_cannot_be_rendered_or_marked_is_refused(name):
     template, messages, expected = REFUSED[name]
     with pytest.raises(UserError, match=expected):
         encode_sft({"messages": messages, "tools": [TOOL]}, stock(template))
-
-
-def test_thinking_that_a_template_strips_from_earlier_turns_is_named():
-    thought = encode_sft({"messages": THOUGHT, "tools": [TOOL]}, stock("qwen3"))
-    assert thought["unused"] == ["part of an assistant's message"]
 
 
 def test_a_special_token_before_the_turn_is_never_trained():
@@ -185,9 +182,8 @@ def test_tokenizers_that_trim_offsets_give_the_same_mask():
 
 
 def test_no_second_bos_and_no_second_eos():
-    assert (
-        encode_sft({"messages": TWO}, stock("llama3"))["input_ids"].count(stock("llama3").bos_token_id) == 1
-    )
+    llama = stock("llama3")
+    assert encode_sft({"messages": TWO}, llama)["input_ids"].count(llama.bos_token_id) == 1
     ids, mask, _ = common.encode_text(EMBEDDED, "Q", "A")
     assert (ids[-1], mask) == (EMBEDDED.eos_token_id, [False, True, True])
     for completion in (f"A{EMBEDDED.eos_token}", f"A{EMBEDDED.eos_token}\n"):
@@ -198,7 +194,8 @@ def test_no_second_bos_and_no_second_eos():
     assert common.encode_text(with_bos, "Q", "A")[:2] == common.encode_text(with_bos, "<s>Q", "A")[:2]
     plain = common.encode_text(stock("mistral"), "Q", "A")[0]
     assert common.encode_text(with_bos, "Q", "A")[0] == [with_bos.bos_token_id, *plain]
-    assert encode_prompt({"prompt": "Q"}, with_bos)["input_ids"] == with_bos("Q")["input_ids"]
+    for prompt in ("Q", "<s>Q"):
+        assert encode_prompt({"prompt": prompt}, with_bos)["input_ids"] == with_bos("Q")["input_ids"]
 
 
 # ---- What is trained, by kind of row -------------------------------------------------------------------------------
@@ -217,6 +214,7 @@ MARKED = {  # row, --loss-on, its text with what is trained between [[ and ]]
     "messages, then text": ({"prompt": TWO[:1], "completion": "One."}, "completion", f"{Q}[[One.{IM}]]\n"),
     "text, then messages": ({"prompt": "a", "completion": TWO[1:2]}, "auto", f"{Q}[[One.{IM}]]\n"),
     "text": ({"text": "xyz"}, "auto", f"x[[yz{IM}]]"),
+    "documents in one text": ({"text": f"xyz{IM}abc"}, "auto", f"x[[yz{IM}abc{IM}]]"),
     "prompt and completion as text": ({"prompt": "Q: a A:", "completion": " b"}, "auto", f"Q: a A:[[ b{IM}]]"),
     "a completion alone": ({"completion": "bc"}, "auto", f"b[[c{IM}]]"),
     "all of text": ({"prompt": "Q:", "completion": " b"}, "all", f"Q[[: b{IM}]]"),
@@ -253,8 +251,6 @@ def test_tools_arguments_and_calls_reach_the_template():
 # ---- Preferences, prompts, distillation ----------------------------------------------------------------------------
 
 END = [EMBEDDED.convert_tokens_to_ids(IM)]
-
-
 ASKED = {"prompt": "Q:", "chosen": "yes", "rejected": "no"}
 SIDES = {  # a row -> its documents as text with what is trained in [[ ]], ranks, margin, probability
     "text": (ASKED, [f"Q:[[yes{IM}]]", f"Q:[[no{IM}]]"], [0, 1], 0, -1),
@@ -301,6 +297,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
     "tools": (encode_sft, {"messages": TWO, "tools": [TOOL]}, ["`tools`"]),
     "reasoning": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm")]}, ["`reasoning_content` of messages"]),
+    "thinking that Qwen3 strips": (encode_sft, {"messages": THOUGHT}, ["part of an assistant's message"]),
     "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name` of messages"]),
     "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", thinking="hm")], "rejected": "c", "id": 1}, ["`id`", "`thinking` of messages"]),
     "too long": (encode_sft, {"text": "7" * 100}, "longer than 50 tokens"),
@@ -310,7 +307,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "an empty side": (encode_preference, {**ASKED, "rejected": ""}, "an empty side"),
     "ties": (functools.partial(encode_preference, rankings=True), {"completions": ["a", "b"], "scores": [1, 1]}, "all completions tie"),
     "a long prompt": (encode_prompt, {"prompt": "7" * 100}, "longer than the 50 tokens left for a prompt"),
-    "no prompt": (functools.partial(common.encode_distillation, room=10), {"text": "abc"}, "without a prompt that could be answered"),
+    "no prompt": (functools.partial(common.encode_distillation, room=10), {"text": "abc"}, "without a prompt of 2 to 10 tokens"),
 }  # fmt: skip
 
 
@@ -318,7 +315,8 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
 def test_what_nothing_reads_is_named_and_rows_that_are_dropped_say_why(name):
     encode, row, expected = NOTED[name]
     if isinstance(expected, list):
-        assert sorted(encode(row, EMBEDDED)["unused"]) == expected
+        tokenizer = stock("qwen3") if "Qwen3" in name else EMBEDDED
+        assert sorted(encode(row, tokenizer)["unused"]) == expected
         return
     with pytest.raises(common.DroppedRow, match=expected):
         encode(row, EMBEDDED, max_length=50)
@@ -401,7 +399,7 @@ def test_pairs_that_repeat_or_contradict_others_are_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert len(data) == 3 * 4
     assert "dropped: 2 identical sides, 2 an empty side\n" in said
-    named = "; ".join(f"row {n} of {path}" for n in (1, 4, 3))
+    named = "; ".join(f"row {n} of {path}" for n in (1, 3, 4))
     assert f" 1 rows repeat another; 3 rows contradict another: {named}\n" in said
     assert f"example   Q:[[a{IM}]]\nexample   Q:[[b{IM}]]\n" in said
 
