@@ -17,12 +17,10 @@ import sft
 from common import UserError, encode_preference, encode_prompt, encode_sft, load_tokenizer, prepare_data
 
 EMBEDDED = load_tokenizer(ASSETS / "model")
-SFT = functools.partial(encode_sft, tokenizer=EMBEDDED, vocab_size=512), common.SFT_FEATURES
-PAIRS = (
-    functools.partial(encode_preference, tokenizer=EMBEDDED, rankings=True, vocab_size=512),
-    common.PREFERENCE_FEATURES,
-)
-PROMPTS = functools.partial(encode_prompt, tokenizer=EMBEDDED, vocab_size=512), common.PROMPT_FEATURES
+OPTIONS = {"tokenizer": EMBEDDED, "vocab_size": 512}
+SFT = functools.partial(encode_sft, **OPTIONS), common.SFT_FEATURES
+PAIRS = functools.partial(encode_preference, rankings=True, **OPTIONS), common.PREFERENCE_FEATURES
+PROMPTS = functools.partial(encode_prompt, **OPTIONS), common.PROMPT_FEATURES
 GOOD = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 ASKED = GOOD["messages"][:1]
 
@@ -50,9 +48,12 @@ ROWS = {  # a row of a .jsonl file -> the message
     "a message is text": ({"messages": ["a"]}, r"`messages` is \[\"a\"\]; it must be list\[dict\]"),
     "weight is a share": (says("assistant", "a", weight=0.5), r"`messages\[0\].weight` is 0.5; it must be int \| bool"),
     "thinking is a list": (says("assistant", "a", reasoning_content=["b"]), r"`messages\[0\].reasoning_content` is \[\"b\"\]; it must be str"),
-    "prompt without completion": ({"prompt": "a", "completion": None}, r"the row has a `prompt` without a `completion`"),
+    "prompt without completion": ({"prompt": "a", "completion": None}, r"the row has the columns \['completion', 'prompt'\]; it needs one of .*completion"),
     "completion is a number": ({"prompt": "a", "completion": 5}, r"`completion` is 5; it must be str \| list\[dict\]"),
     "text is a number": ({"text": 5}, r"`text` is 5; it must be str"),
+    "a control token in a text": ({"text": "a<|im_start|>b"}, r"the text contains <\|im_start\|>, which only the chat template may write; remove it"),
+    "the end in a prompt": ({"prompt": "a<|im_end|>b", "completion": "c"}, r"the text contains <\|im_end\|>, which"),
+    "the end within a completion": ({"completion": "b<|im_end|>c"}, r"the text contains <\|im_end\|>, which"),
     "half of a character": ("\ud800", r"the row is not JSON: .*surrogates not allowed"),
     "ids beyond the vocabulary": ({"input_ids": [1, 512]}, r"its ids are 1 to 512, the model has 512"),
     "ids below 0": ({"input_ids": [1, -7]}, r"its ids are -7 to 1, the model has 512"),
@@ -72,8 +73,9 @@ SIDES = {  # a row of preferences -> the message
     "one side": ({"prompt": "a", "chosen": "b"}, r"the row has the columns \['chosen', 'prompt'\]; it needs chosen and rejected, or completions"),
     "a side is a number": ({"prompt": "a", "chosen": "b", "rejected": 3}, r"`rejected` is 3; it must be str \| list\[dict\]"),
     "sides without a prompt": ({"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, r"each side must begin with the assistant's reply"),
+    "a control token in a side": ({"prompt": "a", "chosen": "b<|im_start|>", "rejected": "c"}, r"the text contains <\|im_start\|>, which"),
     "sides begin with the user": ({"prompt": ASKED, "chosen": GOOD["messages"], "rejected": [*ASKED, *ASKED]}, r"each side must begin with the assistant's reply to `prompt`"),
-    "nothing of the assistant": ({"prompt": ASKED, "chosen": [{**GOOD["messages"][1], "weight": 0}], "rejected": "c"}, r"a side has no assistant turn to learn from"),
+    "nothing of the assistant": ({"prompt": ASKED, "chosen": [{**GOOD["messages"][1], "weight": 0}], "rejected": "c"}, r"dropped: 1 nothing to train"),
     "margin is text": ({"chosen": "a", "rejected": "b", "margin": "much"}, r"`margin` is \"much\"; it must be float"),
     "margin is infinite": ({"chosen": "a", "rejected": "b", "margin": float("inf")}, r"`margin` is Infinity; it must be float"),
     "probability above 1": ({"chosen": "a", "rejected": "b", "probability": 1.5}, r"`probability` is 1.5; it must be from 0 to 1"),
@@ -85,7 +87,8 @@ SIDES = {  # a row of preferences -> the message
 ASKS = {  # a row of prompts -> the message
     "no prompt": ({"question": "a"}, r"the row has the columns \['question'\]; it needs a prompt"),
     "an empty prompt": ({"prompt": ""}, r"it needs a prompt, not empty"),
-    "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message: that is for the model to write; remove it"),
+    "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message; remove it"),
+    "the end at a prompt's end": ({"prompt": "a<|im_end|>"}, r"the text contains <\|im_end\|>, which"),
     "a prompt is a number": ({"prompt": 5}, r"`prompt` is 5; it must be str \| list\[dict\]"),
 }  # fmt: skip
 CASES = [(SFT, *case) for case in ROWS.items()] + [(PAIRS, *case) for case in SIDES.items()] + [(PROMPTS, *case) for case in ASKS.items()]  # fmt: skip
@@ -114,7 +117,7 @@ def test_bad_rows(tmp_path, kind, name, case):
 ])  # fmt: skip
 def test_loss_on_that_does_not_apply(tmp_path, row, loss_on, choices):
     message = message_of_data(SFT, write_rows(tmp_path / "rows.jsonl", [row]), loss_on=loss_on)
-    assert f"--loss-on {loss_on} does not apply to this kind of row; use {choices}" in message
+    assert f"--loss-on {loss_on} does not apply to this row; use {choices}" in message
 
 
 def test_an_environment_brings_its_own_tools(tmp_path):
@@ -130,7 +133,7 @@ FILES = {  # a file's name, its content, the message
     "nothing": ("a.jsonl", "", r"a.jsonl cannot be read: .*it has no rows"),
     "an empty list": ("a.json", "[]", r"cannot be read: .*it has no rows"),
     "a header": ("a.csv", "prompt,completion\n", r"cannot be read: .*it has no rows"),
-    "a short row": ("a.csv", "prompt,completion\na,b\na\n", r"row 2 of .*: the row has a `prompt` without a `completion`"),
+    "a short row": ("a.csv", "prompt,completion\na,b\na\n", r"row 2 of .*: the row has the columns \['completion', 'prompt'\]; it needs one of"),
     "a list that is not closed": ("a.json", '[{"text": "a"}', r"a.json cannot be read: .*Expecting ',' delimiter"),
     "no parquet": ("a.parquet", "x", r"a.parquet cannot be read"),
 }  # fmt: skip
@@ -177,7 +180,7 @@ FLAGS = {  # flags -> the message
     "LoRA on the head": ({"lora_rank": 4, "lora_targets": ("lm_head",)}, r"--lora-targets: embeddings and output head cannot have adapters"),
     "no such LoRA target": ({"lora_rank": 4, "lora_targets": ("c_attn",)}, r"--lora-targets c_attn: .*c_attn"),
     "no such attention": ({"attention": "magic"}, r"--attention magic: "),
-    "loss on what is not there": ({"loss_on": "completion"}, r"--loss-on completion does not apply to this kind of row"),
+    "loss on what is not there": ({"loss_on": "completion"}, r"--loss-on completion does not apply to this row"),
 }  # fmt: skip
 
 
@@ -255,10 +258,7 @@ def test_the_command_prints_the_message_alone_and_ends_with_1():
 
 def test_other_data_are_not_evaluated_on_the_embedded_ones(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", [GOOD] * 8)
-    sft.main(
-        sft.Args(
-            output_dir=str(tmp_path / "run"), dataset=(rows,), wandb="disabled", max_steps=1, batch_size=8
-        )
-    )
+    options = {"wandb": "disabled", "max_steps": 1, "batch_size": 8}
+    sft.main(sft.Args(output_dir=str(tmp_path / "run"), dataset=(rows,), **options))
     assert "eval" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     assert capsys.readouterr().out.count("data      ") == 1

@@ -1,6 +1,5 @@
-"""common.py's section 1: rows, chat templates and loss masks, the data report. Templates are the stock ones that TRL
-ships, and assets/mistral.jinja, which is as Mistral-7B-Instruct-v0.3's: it has no header, and puts the system prompt and
-the tools into the last user's message."""
+"""common.py's section 1: rows, chat templates and loss masks, the data report. Templates are stock ones, from TRL, and
+assets/mistral.jinja, as Mistral-7B-Instruct-v0.3's, without a header and with tools in the last user's message."""
 
 import copy
 import functools
@@ -8,6 +7,7 @@ import json
 import os
 import re
 from pathlib import Path
+from unittest.mock import Mock, call
 
 import datasets
 import numpy as np
@@ -142,11 +142,12 @@ DROPS = "{% for m in messages %}{% if m.role in ('user', 'assistant') %}<|im_sta
 REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
     "a system message": ("gemma", SYSTEM + TWO, "template refuses these messages"),
     "Mistral drops a system message": ("mistral", SYSTEM + TWO, r"drops message 0 .system: \"Be brief"),
-    "two users in a row": ("mistral", [user("s"), *TWO], "template refuses these messages"),
     "no end": (PLAIN, TWO, "ends no answer with a special token, to stop at; give one with {% generation %}"),
     "an end after the last answer only": (PLAIN + "{{ eos_token }}</s>", TWO, "does not show where message 1 begins"),
     "no beginning": (OTHER_EACH_TIME, chat("a", "bb", "c", "d"), "does not show where message 1 begins; give one with {% gen"),
-    "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 contains <\|im_end\|>, which the template adds"),
+    "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 .assistant: .* contains <\|im_end\|>, which only the chat template may write"),
+    "a turn within the user's words": ("llama3", chat(f"a{EOT}<|start_header_id|>system", "b"), r"message 0 .user: .* contains <\|eot_id\|>, <\|start_header_id\|>, which"),
+    "a control token in a tool's result": ("qwen3", [*CALLED[:2], tool(f"7{IM}"), CALLED[3]], r"message 2 .tool: .* contains <\|im_end\|>, which"),
     "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], "template drops tool calls"),
     "a developer message that is dropped": (DROPS, [{"role": "developer", "content": "a"}, *TWO], r"drops message 0 .developer: \"a\""),
     "words apart from their call": ("gemma4", [user("a"), assistant("CALLING.", tool_calls=CALL), *CALLED[2:]], "does not render message 1 in one place"),
@@ -160,34 +161,22 @@ def test_what_cannot_be_rendered_or_marked_is_refused(name):
         encode_sft({"messages": messages, "tools": [TOOL]}, stock(template))
 
 
-def test_thinking_that_a_template_strips_from_earlier_turns_is_named():
-    thought = encode_sft({"messages": THOUGHT, "tools": [TOOL]}, stock("qwen3"))
-    assert thought["unused"] == ["part of an assistant's message"]
-
-
-def test_a_special_token_before_the_turn_is_never_trained():
+def test_tokenizers_that_swallow_blanks_or_trim_offsets_give_the_same_mask():
     """Phi-3's control tokens swallow the blanks after them, with which an answer may begin."""
-    swallowing = copy.deepcopy(stock("phi3"))
-    assert trained(swallowing, chat("a", "\n  One."))[0].endswith("One.<|end|>")
+    swallowing, trimming = copy.deepcopy(stock("phi3")), copy.deepcopy(EMBEDDED)
     tokens = [AddedToken(f"<|{name}|>", special=True, rstrip=True) for name in ("assistant", "user", "end")]
     swallowing.add_tokens(tokens, special_tokens=True)
     assert trained(swallowing, chat("a", "\n  One.")) == ["One.<|end|>"]
-
-
-def test_tokenizers_that_trim_offsets_give_the_same_mask():
-    trimming = copy.deepcopy(EMBEDDED)
     trimming.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
     offsets = [each("a  b", return_offsets_mapping=True)["offset_mapping"] for each in (trimming, EMBEDDED)]
     assert offsets[0] != offsets[1]
-    rows = {"messages": chat("a", "def f():\n\n    return  1\n\n\n  x")}, {"prompt": "q:", "completion": "\n\n  a\n\n b"}  # fmt: skip
-    for row in rows:
+    for row in ({"messages": chat("a", "def f():\n\n    return  1\n\n\n  x")}, {"prompt": "q:", "completion": "\n\n  a\n\n b"}):  # fmt: skip
         assert encode_sft(row, trimming) == encode_sft(row, EMBEDDED)
 
 
 def test_no_second_bos_and_no_second_eos():
-    assert (
-        encode_sft({"messages": TWO}, stock("llama3"))["input_ids"].count(stock("llama3").bos_token_id) == 1
-    )
+    llama = stock("llama3")
+    assert encode_sft({"messages": TWO}, llama)["input_ids"].count(llama.bos_token_id) == 1
     ids, mask, _ = common.encode_text(EMBEDDED, "Q", "A")
     assert (ids[-1], mask) == (EMBEDDED.eos_token_id, [False, True, True])
     for completion in (f"A{EMBEDDED.eos_token}", f"A{EMBEDDED.eos_token}\n"):
@@ -196,9 +185,8 @@ def test_no_second_bos_and_no_second_eos():
     bos = [("<s>", with_bos.bos_token_id)]
     with_bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=bos)
     assert common.encode_text(with_bos, "Q", "A")[:2] == common.encode_text(with_bos, "<s>Q", "A")[:2]
-    plain = common.encode_text(stock("mistral"), "Q", "A")[0]
-    assert common.encode_text(with_bos, "Q", "A")[0] == [with_bos.bos_token_id, *plain]
-    assert encode_prompt({"prompt": "Q"}, with_bos)["input_ids"] == with_bos("Q")["input_ids"]
+    for prompt in ("Q", "<s>Q"):
+        assert encode_prompt({"prompt": prompt}, with_bos)["input_ids"] == with_bos("Q")["input_ids"]
 
 
 # ---- What is trained, by kind of row -------------------------------------------------------------------------------
@@ -214,12 +202,11 @@ MARKED = {  # row, --loss-on, its text with what is trained between [[ and ]]
     "last-assistant": ({"messages": TWO}, "last-assistant", f"{Q}One.{IM}\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
     "prompt and completion": ({"prompt": TWO[:3], "completion": TWO[3:]}, "auto", f"{Q}One.{IM}\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
     "assistant, also in the prompt": ({"prompt": TWO[:3], "completion": TWO[3:]}, "assistant", f"{Q}[[One.{IM}]]\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
-    "messages, then text": ({"prompt": TWO[:1], "completion": "One."}, "completion", f"{Q}[[One.{IM}]]\n"),
     "text, then messages": ({"prompt": "a", "completion": TWO[1:2]}, "auto", f"{Q}[[One.{IM}]]\n"),
     "text": ({"text": "xyz"}, "auto", f"x[[yz{IM}]]"),
+    "documents in one text": ({"text": f"xyz{IM}abc"}, "auto", f"x[[yz{IM}abc{IM}]]"),
     "prompt and completion as text": ({"prompt": "Q: a A:", "completion": " b"}, "auto", f"Q: a A:[[ b{IM}]]"),
     "a completion alone": ({"completion": "bc"}, "auto", f"b[[c{IM}]]"),
-    "all of text": ({"prompt": "Q:", "completion": " b"}, "all", f"Q[[: b{IM}]]"),
     "ids": (IDS, "auto", "7[[890]]"),
     "ids and labels": ({**IDS, "labels": [-100, *IDS["input_ids"][1:2], -100, -100]}, "auto", "7[[8]]90"),
     "ids and masks": ({**IDS, "completion_mask": [0, 1, 1, 0], "assistant_masks": [1, 0, 1, 1]}, "auto", "78[[9]]0"),
@@ -238,23 +225,9 @@ def test_what_is_trained_by_kind_of_row(name):
     assert found["unused"] == []
 
 
-def test_tools_arguments_and_calls_reach_the_template():
-    tokenizer = copy.deepcopy(EMBEDDED)
-    tokenizer.chat_template = "{{ tools | tojson }}|{{ one }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"  # fmt: skip
-    call = [{"function": {"name": "f", "arguments": '{"x": null, "y": 1}'}}]  # a real null is kept
-    for messages in ([assistant(None, tool_calls=call, name=None)], [{"from": "function_call", "value": json.dumps(call[0]["function"])}]):  # fmt: skip
-        row = {"messages": messages, "tools": json.dumps([TOOL]), "chat_template_kwargs": {"one": 1}}
-        tools, one, message = tokenizer.decode(encode_sft(row, tokenizer, "all")["input_ids"]).split("|")
-        assert (json.loads(tools), one) == ([TOOL], "1")
-        called = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": 1}}}
-        assert json.loads(message) == assistant("", tool_calls=[called])
-
-
 # ---- Preferences, prompts, distillation ----------------------------------------------------------------------------
 
 END = [EMBEDDED.convert_tokens_to_ids(IM)]
-
-
 ASKED = {"prompt": "Q:", "chosen": "yes", "rejected": "no"}
 SIDES = {  # a row -> its documents as text with what is trained in [[ ]], ranks, margin, probability
     "text": (ASKED, [f"Q:[[yes{IM}]]", f"Q:[[no{IM}]]"], [0, 1], 0, -1),
@@ -263,7 +236,6 @@ SIDES = {  # a row -> its documents as text with what is trained in [[ ]], ranks
     "messages": ({"prompt": TWO[:1], "chosen": TWO[1:2], "rejected": [assistant("No.")]}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
     "messages, prompt repeated": ({"prompt": TWO[:1], "chosen": TWO[:2], "rejected": [*TWO[:1], assistant("No.")]}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
     "messages, prompt shared": ({"chosen": TWO[:2], "rejected": [*TWO[:1], assistant("No.")]}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
-    "a prompt of messages, sides of text": ({"prompt": TWO[:1], "chosen": "One.", "rejected": "No."}, [f"{Q}[[One.{IM}]]\n", f"{Q}[[No.{IM}]]\n"], [0, 1], 0, -1),
     "margin": ({**ASKED, "margin": "1.5", "probability": 0.75}, [f"Q:[[yes{IM}]]", f"Q:[[no{IM}]]"], [0, 1], 1.5, 0.75),
     "the likelier side comes first": ({**ASKED, "margin": 1.5, "probability": 0.25}, [f"Q:[[no{IM}]]", f"Q:[[yes{IM}]]"], [0, 1], -1.5, 0.75),
     "ranks": ({"prompt": "Q:", "completions": ["b", "c", "a"], "ranks": [2, 2, 1]}, [f"Q:[[a{IM}]]", f"Q:[[b{IM}]]", f"Q:[[c{IM}]]"], [0, 1, 1], 0, -1),
@@ -301,6 +273,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
     "tools": (encode_sft, {"messages": TWO, "tools": [TOOL]}, ["`tools`"]),
     "reasoning": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm")]}, ["`reasoning_content` of messages"]),
+    "thinking that Qwen3 strips": (encode_sft, {"messages": THOUGHT}, ["part of an assistant's message"]),
     "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name` of messages"]),
     "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", thinking="hm")], "rejected": "c", "id": 1}, ["`id`", "`thinking` of messages"]),
     "too long": (encode_sft, {"text": "7" * 100}, "longer than 50 tokens"),
@@ -310,7 +283,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "an empty side": (encode_preference, {**ASKED, "rejected": ""}, "an empty side"),
     "ties": (functools.partial(encode_preference, rankings=True), {"completions": ["a", "b"], "scores": [1, 1]}, "all completions tie"),
     "a long prompt": (encode_prompt, {"prompt": "7" * 100}, "longer than the 50 tokens left for a prompt"),
-    "no prompt": (functools.partial(common.encode_distillation, room=10), {"text": "abc"}, "without a prompt that could be answered"),
+    "no prompt": (functools.partial(common.encode_distillation, room=10), {"text": "abc"}, "without a prompt of 2 to 10 tokens"),
 }  # fmt: skip
 
 
@@ -318,22 +291,22 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
 def test_what_nothing_reads_is_named_and_rows_that_are_dropped_say_why(name):
     encode, row, expected = NOTED[name]
     if isinstance(expected, list):
-        assert sorted(encode(row, EMBEDDED)["unused"]) == expected
+        tokenizer = stock("qwen3") if "Qwen3" in name else EMBEDDED
+        assert sorted(encode(row, tokenizer)["unused"]) == expected
         return
     with pytest.raises(common.DroppedRow, match=expected):
         encode(row, EMBEDDED, max_length=50)
 
 
 def test_prompts_end_where_the_model_begins_and_keep_all_columns():
-    row = {"prompt": TWO[:1], "answer": "7", "tools": None}
-    found = encode_prompt(row, EMBEDDED)
+    found = encode_prompt({"prompt": TWO[:1], "answer": "7", "tools": None}, EMBEDDED)
     assert EMBEDDED.decode(found["input_ids"]) == Q
     assert json.loads(found["columns"]) == {"answer": "7", "tools": None}
     assert (json.loads(found["prompt"]), found["stop_id"]) == (TWO[:1], *END)
-    qwen = stock("qwen3")
-    ids = encode_prompt({"prompt": TWO[:1], "chat_template_kwargs": {"enable_thinking": False}}, qwen, tools=[TOOL])["input_ids"]  # fmt: skip
-    expected = qwen.apply_chat_template(TWO[:1], tools=[TOOL], add_generation_prompt=True, enable_thinking=False, tokenize=False)  # fmt: skip
-    assert qwen.decode(ids) == expected
+    qwen, options = stock("qwen3"), {"enable_thinking": False}
+    found = encode_prompt({"prompt": TWO[:1], "chat_template_kwargs": options}, qwen, tools=[TOOL])
+    expected = qwen.apply_chat_template(TWO[:1], tools=[TOOL], add_generation_prompt=True, tokenize=False, **options)  # fmt: skip
+    assert qwen.decode(found["input_ids"]) == expected
 
 
 DISTILLED = {  # row -> what stands before its last answer
@@ -370,7 +343,7 @@ def prepared(tmp_path, rows, name="rows.jsonl", sources=None, budget=10_000, **o
     return common.prepare_data(sources, encode, common.SFT_FEATURES, budget)
 
 
-def test_every_row_is_accounted_for(tmp_path, capsys, monkeypatch):
+def test_every_row_is_accounted_for_and_errors_name_the_first_bad_ones(tmp_path, capsys, monkeypatch):
     rows = [{"messages": chat("a", "b" * n), "id": n} for n in (1, 2, 300, 3)] + [{"messages": chat("a")}]
     data = prepared(tmp_path, [*rows, {"messages": TWO, "tools": [TOOL]}])
     path = tmp_path / "rows.jsonl"
@@ -382,31 +355,12 @@ def test_every_row_is_accounted_for(tmp_path, capsys, monkeypatch):
     assert f" `id`: not used, in 3 rows, first in row 1 of {path}\n" in said
     assert f" `tools`: not used, in 1 rows, first in row 6 of {path}\n" in said
     assert f"example   {Q}[[b{IM}]]\n" in said
-    with pytest.raises(UserError, match=r"no row is left of 1 in .*none.jsonl; dropped: 1 nothing to train"):
-        prepared(tmp_path, [{"messages": chat("a")}], "none.jsonl")
     with pytest.raises(UserError, match=f"row 6 of .* has {longest} tokens; raise --micro-batch-tokens by 7"):
         prepared(tmp_path, [], sources=(str(path),), budget=longest - 7)
     capsys.readouterr()
     monkeypatch.setenv("RANK", "1")
     assert len(prepared(tmp_path, [], sources=(str(path),))) == 4
     assert capsys.readouterr().out == ""  # only the first rank reports
-
-
-def test_pairs_that_repeat_or_contradict_others_are_named(tmp_path, capsys):
-    pairs = [("a", "b"), ("c", "d"), ("b", "a"), ("a", "b"), ("e", "e"), ("e", " ")]
-    rows = [{"prompt": "Q:", "chosen": a, "rejected": b} for a, b in pairs]
-    path = write_rows(tmp_path / "pairs.jsonl", rows)
-    encode = functools.partial(encode_preference, tokenizer=EMBEDDED, vocab_size=512)
-    data = common.prepare_data((path, f"{path}:2"), encode, common.PREFERENCE_FEATURES, 99)
-    said = capsys.readouterr().out
-    assert len(data) == 3 * 4
-    assert "dropped: 2 identical sides, 2 an empty side\n" in said
-    named = "; ".join(f"row {n} of {path}" for n in (1, 4, 3))
-    assert f" 1 rows repeat another; 3 rows contradict another: {named}\n" in said
-    assert f"example   Q:[[a{IM}]]\nexample   Q:[[b{IM}]]\n" in said
-
-
-def test_errors_name_the_first_bad_rows(tmp_path):
     bad = [{"messages": [{"role": "robot", "content": "a"}]}] * 9
     with pytest.raises(UserError, match=r"9 of 12 rows cannot be used.*\n  row 4 of .*: `messages\[0\]` has the role .robot.") as error:  # fmt: skip
         prepared(tmp_path, [{"messages": TWO}] * 3 + bad)
@@ -416,7 +370,7 @@ def test_errors_name_the_first_bad_rows(tmp_path):
         prepared(tmp_path, [], sources=(str(tmp_path / "numbers.jsonl"),))
 
 
-def test_sources_of_all_types_give_the_same_rows(tmp_path, monkeypatch):
+def test_sources_of_all_types_give_the_same_rows_and_are_mixed_by_weight(tmp_path, monkeypatch):
     rows = [{"prompt": f"What is {n}?", "completion": str(n)} for n in range(5)]
     expected = prepared(tmp_path, rows)["input_ids"][:]
     table = datasets.Dataset.from_list(rows)
@@ -430,19 +384,11 @@ def test_sources_of_all_types_give_the_same_rows(tmp_path, monkeypatch):
     for name in ("rows.json", "rows.parquet", "rows.csv", "saved", "splits", "splits:train", "folder"):
         assert prepared(tmp_path, rows, sources=(str(tmp_path / name),))["input_ids"][:] == expected, name
     assert prepared(tmp_path, rows, sources=(f"{tmp_path / 'splits'}:half",))["input_ids"][:] == expected[:1]
-    asked = []
-
-    def load_dataset(*names, split):
-        asked.append((*names, split))
-        return table
-
+    load_dataset = Mock(return_value=table)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    for name in ("org/name", "org/name:test", "org/name/config:test[:5]", "squad"):
-        prepared(tmp_path, rows, sources=(name,))
-    assert asked == [("org/name", None, "train"), ("org/name", None, "test"), ("org/name", "config", "test[:5]"), ("squad", None, "train")]  # fmt: skip
-
-
-def test_datasets_are_mixed_by_weight(tmp_path):
+    prepared(tmp_path, [], sources=("org/name", "org/name:test", "org/name/config:test[:5]", "squad"))
+    names = ("org/name", None, "train"), ("org/name", None, "test"), ("org/name", "config", "test[:5]"), ("squad", None, "train")  # fmt: skip
+    assert load_dataset.call_args_list == [call(repo, config, split=split) for repo, config, split in names]
     first = write_rows(tmp_path / "first.jsonl", [{"text": f"a{n}"} for n in range(10)])
     second = write_rows(tmp_path / "second.jsonl", [{"text": f"b{n}"} for n in range(4)])
     rows = prepared(tmp_path, [], sources=(f"{first}:0.5", f"{second}:2.25"))["row"][:]
@@ -458,8 +404,10 @@ def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
     assert texts == [f"2024-01-01{IM}", f"2024-01-02{IM}"]
     tokenizer = copy.deepcopy(EMBEDDED)
     tokenizer.chat_template = "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"  # fmt: skip
-    rows = [{"messages": TWO[:1], "tools": [TOOL], "chat_template_kwargs": {"two": 2}}]
-    rows += [{"messages": TWO[:1], "tools": None, "chat_template_kwargs": {"one": 1}}]
+    function = {"name": "f", "arguments": '{"x": null, "y": 1}'}  # a real null is kept
+    rows = [{"messages": TWO[:1], "tools": json.dumps([TOOL]), "chat_template_kwargs": {"two": 2}}]
+    rows += [{"messages": [{"from": "function_call", "value": json.dumps(function)}], "chat_template_kwargs": {"one": 1}}]  # fmt: skip
+    called = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": 1}}}
     table = datasets.Dataset.from_list(rows)
     assert "one" in table[0]["chat_template_kwargs"]  # Arrow gives every object the keys of all others
     table.to_parquet(tmp_path / "rows.parquet")
@@ -467,15 +415,12 @@ def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
         data = prepared(tmp_path, [], sources=(source,), tokenizer=tokenizer, loss_on="all", max_length=999)
         texts = [tokenizer.decode(row["input_ids"]).split("|") for row in data]
         assert [(json.loads(tools), one) for tools, one, _ in texts] == [([TOOL], "False"), (None, "True")]
-        assert [text for _, _, text in texts] == ['{"role": "user", "content": "a"}'] * 2
-
-
-def test_csv_files_as_spreadsheets_write_them(tmp_path):
-    rows = [{"prompt": "q", "completion": "NA"}, {"prompt": "q\n2", "completion": "054"}]
-    text = ',prompt, completion\r\n0,q,NA\r\n\r\n1,"q\n2",054\r\n'
+        assert [json.loads(text) for _, _, text in texts] == [TWO[0], assistant("", tool_calls=[called])]
+    text = ',prompt, completion\r\n0,q,NA\r\n\r\n1,"q\n2",054\r\n'  # as spreadsheets write .csv files
     (tmp_path / "rows.csv").write_text(text, encoding="utf-8-sig", newline="")
     data = prepared(tmp_path, [], sources=(str(tmp_path / "rows.csv"),))
-    assert data["input_ids"][:] == prepared(tmp_path, rows, "other.jsonl")["input_ids"][:]
+    rows = [{"prompt": "q", "completion": "NA"}, {"prompt": "q\n2", "completion": "054"}]
+    assert data["input_ids"][:] == prepared(tmp_path, rows)["input_ids"][:]
     assert [row.split(" of ")[0] for row in data["row"]] == ["row 1", "row 2"]
 
 
@@ -494,20 +439,19 @@ def test_what_changes_is_tokenized_again(tmp_path):
 
 
 def test_several_workers_tokenize_under_a_lock_that_no_other_process_can_have(tmp_path, monkeypatch):
-    seen, map_rows = {}, datasets.Dataset.map
+    map_rows = datasets.Dataset.map
 
     def spy(self, *args, **options):
         path = next((Path(datasets.config.HF_DATASETS_CACHE) / "post-training").glob("*.lock"))
         with pytest.raises(Timeout):
             FileLock(path).acquire(timeout=0)
-        seen["num_proc"] = options["num_proc"]
+        assert options["num_proc"] == 4
         return map_rows(self, *args, **{**options, "num_proc": None})
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.Dataset, "map", spy)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
-    prepared(tmp_path, [{"text": f"row {i}"} for i in range(6001)])
-    assert seen["num_proc"] == 4
+    assert len(prepared(tmp_path, [{"text": f"row {i}"} for i in range(6001)])) == 6001
 
 
 def test_batches_are_cut_evenly_and_rows_hold_shared_prompts_once():
@@ -519,6 +463,3 @@ def test_batches_are_cut_evenly_and_rows_hold_shared_prompts_once():
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
     assert (batch.positions_N.tolist(), batch.labels_N.tolist()) == ([1, 2, 1, 4], [3, 4, 5, 6])
     assert (batch.documents_N.tolist(), batch.last_B.tolist(), batch.num_tokens) == ([0, 0, 1, 1], [3, 5], 6)
-    rows, back = common.group_documents([5, 4], np.zeros(2, int), np.arange(9))
-    assert [(row.tolist(), shared) for row, shared in rows] == [([[0, 1, 2, 3, 4], [5, 6, 7, 8, 8]], 0)]
-    assert back.tolist() == list(range(9))
