@@ -15,6 +15,7 @@ from conftest import ASSETS, ROOT
 from sync_shared import SCRIPTS
 
 import common
+import gkd
 from common import UserError
 
 README = (ROOT / "README.md").read_text()
@@ -111,6 +112,6 @@ def test_the_servers_are_started_as_the_scripts_would():
     url, model = "http://0.0.0.0:8000", "Qwen/Qwen3-0.6B"
     assert policy == shlex.split(common.server_command(url, model, 2048, "", "bfloat16", "nccl"))
     with pytest.raises(UserError) as caught:
-        common.VLLMTeacher("http://0.0.0.0:8001", 20, 2047, seconds=0.1)
+        gkd.VLLMTeacher("http://0.0.0.0:8001", 20, 2047, seconds=0.1)
     expected = shlex.split(str(caught.value).splitlines()[-1].replace("TEACHER", "Qwen/Qwen3-32B"))
     assert teacher == expected

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 import async_grpo
 import common
+import gkd
 import grpo
-from common import EngineError, Sample, UserError, VLLMEngine, VLLMTeacher, check_log_probs, on_all_ranks
+from common import EngineError, Sample, UserError, VLLMEngine, check_log_probs, on_all_ranks
 
 MODEL = str(ASSETS / "model")
 PROMPT = [1, 286, 201, 291, 274, 223, 20, 23, 13, 24, 18, 33, 2, 201, 1, 293, 201]  # "What is 25+60?"
@@ -310,7 +311,7 @@ class TestRealServer:
             real.check(4096)
         fresh(real).load_weights(real.model.named_parameters(), 0)
         ids, mask = np.array(PROMPT), np.arange(len(PROMPT)) > 11
-        teacher = VLLMTeacher(real.urls[0] + "/", 3, 500)
+        teacher = gkd.VLLMTeacher(real.urls[0] + "/", 3, 500)
         logps_NB, ids_NK, label_logps_N = teacher.score([(ids, mask), (ids, mask)], "cpu")
         logits_TV = real.model(torch.from_numpy(ids)[None], use_cache=False).logits[0, 11:-1].detach()
         logps_NV, labels_N1 = logits_TV.log_softmax(-1).repeat(2, 1), torch.tensor([*ids[12:]] * 2)[:, None]
@@ -321,9 +322,9 @@ class TestRealServer:
         torch.testing.assert_close(label_logps_N, logps_NV.gather(1, labels_N1)[:, 0], atol=1e-4, rtol=1e-4)
         assert [len(part) for part in teacher.score([], "cpu")] == [0, 0, 0]
         with pytest.raises(UserError, match=r"(?s)--max-model-len is 512.*--max-logprobs 20"):
-            VLLMTeacher(real.urls[0], 3, 512)
+            gkd.VLLMTeacher(real.urls[0], 3, 512)
         with pytest.raises(UserError, match=r"(?s)cannot be used: .* with\npython .*--max-logprobs 50"):
-            VLLMTeacher(real.urls[0], 50, 500)
+            gkd.VLLMTeacher(real.urls[0], 50, 500)
 
     @pytest.mark.parametrize("script", [grpo, async_grpo])
     def test_a_run_with_a_given_server(self, real, tmp_path, script):
