@@ -8,15 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import MethodType
 
 import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "tests" / "assets"
 sys.path[:0] = [str(ROOT), str(ASSETS)]
+import common  # noqa: E402
+
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["OMP_NUM_THREADS"] = "1"
 SHORT = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}  # a run for a test
@@ -33,16 +37,31 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group("vllm"))
 
 
-@pytest.fixture(autouse=True)
-def no_process_group_left():
+def leave_process_group():
     """A script that ends with an error in this process leaves its process group behind."""
-    yield
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    yield
+    leave_process_group()
+
+
+def embedded_model(script, window=None):
+    """The embedded model with the script's token_stats, and attention that keeps packed documents apart."""
+    common.register_attention()
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation="varlen")
+    model.token_stats = MethodType(script.token_stats, model)
+    for layer in model.model.layers:
+        layer.self_attn.sliding_window = window
+    return model
+
+
 def train(script, output_dir, **flags):
     """Run `main` of a script's module in this process, with SHORT where no flag says otherwise -> its metrics."""
+    leave_process_group()
     script.main(script.Args(**{**SHORT, "output_dir": str(output_dir), **flags}))
     return read_metrics(output_dir)
 

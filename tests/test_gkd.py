@@ -178,7 +178,6 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path, served):
         for flags in ({"teacher": path}, {"teacher": URL, "teacher_top_k": 4}):
             with pytest.raises(UserError, match=message):
                 train(tmp_path / "run", **flags)
-            gkd.dist.is_initialized() and gkd.dist.destroy_process_group()
     template = (ASSETS / "teacher/chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> ")
     (tmp_path / "template.jinja").write_text(template)
     served.tokenizer = load_tokenizer(TEACHER)
@@ -379,7 +378,6 @@ def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, serve
             patch.setattr(HFEngine, "generate", fragile if name == "engine" else generate)
             with pytest.raises(UserError, match=rf"the {name} is gone\nThe run is saved as of step [1-3];"):
                 train(tmp_path / name, **flags)
-        gkd.dist.destroy_process_group()
         served.fails_at = math.inf
         assert train(tmp_path / name, resume=True, **flags) == straight
 

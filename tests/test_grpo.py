@@ -234,17 +234,9 @@ def test_the_kl_term_has_the_gradient_of_the_divergence_in_expectation(estimator
 PROMPTS = [[5, 9, 13], [40] * 30, [7], list(range(20, 60)), [100, 3, 100]]
 
 
-def embedded():
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation="varlen")
-    model.token_stats = MethodType(grpo.token_stats, model)
-    return model
-
-
 @pytest.mark.parametrize("window", [None, 6])
 def test_the_engines_log_probs_are_the_trainers(window):
-    model, engine_model = embedded(), embedded()
-    for layer in [*model.model.layers, *engine_model.model.layers] if window else ():
-        layer.self_attn.sliding_window = window
+    model, engine_model = (conftest.embedded_model(grpo, window) for _ in range(2))
     keys, limits = [(0, 0, index) for index in range(len(PROMPTS))], [12, 40, 1, 25, 12]
     groups = HFEngine(engine_model).generate(PROMPTS, keys, 3, limits, 0.7, [11])
     for prompt, limit, group in zip(PROMPTS, limits, groups, strict=True):
@@ -261,7 +253,7 @@ def test_the_engines_log_probs_are_the_trainers(window):
 
 def test_samples_do_not_depend_on_what_is_generated_with_them(monkeypatch):
     """They are keyed by (seed, version, prompt), their number in the group, and the position."""
-    engine, keys = HFEngine(embedded()), [(0, 3, index) for index in range(len(PROMPTS))]
+    engine, keys = HFEngine(conftest.embedded_model(grpo)), [(0, 3, index) for index in range(len(PROMPTS))]
     together = engine.generate(PROMPTS, keys, 4, 16, 1.0, [11])
     alone = [engine.generate([p], [key], 2, 9, 1.0, [11])[0] for p, key in zip(PROMPTS, keys, strict=True)]
     for group, others in zip(together, alone, strict=True):
@@ -476,7 +468,6 @@ def test_a_lost_engine_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(HFEngine, "generate", lose)
     with pytest.raises(UserError, match=r"the server is gone\n.*--resume"):
         train(tmp_path / "lost", **flags)
-    torch.distributed.destroy_process_group()
     monkeypatch.setattr(HFEngine, "generate", generate)
     assert list((tmp_path / "lost").glob("checkpoint-*/progress.json"))
     assert not (tmp_path / "lost" / "final").exists()

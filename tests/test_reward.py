@@ -207,7 +207,7 @@ def test_micro_batches_and_rows_do_not_change_the_curve(tmp_path, rankings, monk
     assert_same_curve(train(tmp_path / "alone", **flags), one)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["weights", "adapters"])
+@pytest.mark.parametrize("lora_rank", [0, pytest.param(4, marks=pytest.mark.slow)])
 def test_two_ranks_equal_one(tmp_path, rankings, lora_rank):
     """17 rankings in batches of 4: the fifth batch has one, so that one rank runs a micro-batch without any."""
     flags = {"dataset": (rankings,), "eval_dataset": (rankings,), "batch_size": 4, "max_steps": 5}
