@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -14,15 +13,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "tests" / "assets"
 sys.path[:0] = [str(ROOT), str(ASSETS)]
-import common  # noqa: E402
-
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["OMP_NUM_THREADS"] = "1"
+# It imports transformers, which reads the environment.
+import common  # noqa: E402
+
 SHORT = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}  # a run for a test
 # How the names of metrics begin that depend on the clock.
 TIMES = ("tokens_per_second", "step_seconds", "generate_seconds", "perf/", "sample/", "utilisation/")
@@ -52,7 +51,8 @@ def no_process_group_left():
 def embedded_model(script, window=None):
     """The embedded model with the script's token_stats, and attention that keeps packed documents apart."""
     common.register_attention()
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "model", attn_implementation="varlen")
+    options = {"attn_implementation": "varlen"}
+    model = common.transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "model", **options)
     model.token_stats = MethodType(script.token_stats, model)
     for layer in model.model.layers:
         layer.self_attn.sliding_window = window
@@ -162,26 +162,6 @@ def assert_same_run(found, expected):
     assert all(torch.equal(a[name], b[name]) for name in b)
 
 
-def cut_back(output_dir):
-    """Make of a run that ended with a checkpoint what it was when killed before that."""
-    newest = max(output_dir.glob("checkpoint-*"))
-    for path in (newest, output_dir / "final"):
-        shutil.rmtree(path)
-    for path in (newest, output_dir / f".{newest.name}.partial"):
-        path.mkdir()  # not complete: without progress.json
-    with open(output_dir / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')  # killed in the middle of a line
-
-
-def assert_resume_is_exact(script, output_dir, **flags):
-    """A run that saves, and a copy of it that is cut back to its last checkpoint but one and goes on from there."""
-    train(script, output_dir / "straight", **flags)
-    shutil.copytree(output_dir / "straight", output_dir / "resumed")
-    cut_back(output_dir / "resumed")
-    train(script, output_dir / "resumed", resume=True, **flags)
-    assert_same_run(output_dir / "resumed", output_dir / "straight")
-
-
 def assert_two_ranks_train_as_one(script, output_dir, rtol, but=(), elsewhere=None, **flags):
     """elsewhere: flags that the two ranks have and the one has not."""
     one = train_on(1, script, output_dir / "1", **flags)
@@ -213,11 +193,8 @@ def assert_steps_equal_trls(script, kind, names, output_dir, model, rows, **flag
 
 
 def start(script, *flags, ranks=1):
-    words, pipes = (
-        command(script, *flags, ranks=ranks),
-        {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT},
-    )
-    return subprocess.Popen(words, **pipes, text=True, start_new_session=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(script, *flags, ranks=ranks), **pipes, start_new_session=True)
 
 
 def wait_for_step(process, output_dir, step, timeout=120):
@@ -234,8 +211,6 @@ def wait_for_step(process, output_dir, step, timeout=120):
 def kill(process, output_dir):
     """SIGKILL to a run and, as torchrun's workers have sessions of their own, to all that have its directory as a flag
     -> what it had printed."""
-    assert process.poll() is None, (
-        f"the run ended before it could be killed: {process.communicate()[0][-2000:]}"
-    )
+    assert process.poll() is None, f"it ended before it was killed: {process.communicate()[0][-2000:]}"
     subprocess.run(["pkill", "-9", "-f", str(output_dir)], check=True)
     return process.communicate()[0]

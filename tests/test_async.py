@@ -2,7 +2,6 @@
 
 import heapq
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -202,12 +201,6 @@ def test_a_correction_that_is_not_made_is_refused(tmp_path):
 # ---- Resume and faults ---------------------------------------------------------------------------------------
 
 
-def test_resume_is_exact(tmp_path):
-    conftest.assert_resume_is_exact(
-        async_grpo, tmp_path, **GROUPS, max_staleness=0, max_steps=4, save_every=2
-    )
-
-
 def test_a_killed_rollout_process_ends_the_run_with_a_checkpoint(tmp_path, monkeypatch):
     original, flags = AsyncRollouts.wait, {**GROUPS, "max_steps": 8, "max_staleness": 1}
 
@@ -240,26 +233,6 @@ def test_a_failure_in_a_thread_of_the_process_is_the_runs(tmp_path, monkeypatch)
     monkeypatch.setattr(AsyncRollouts, "SECONDS", 0.01)
     with pytest.raises(UserError, match=r"finished no group in 0.01 s\nThe run is saved as of step 0"):
         train(async_grpo, tmp_path / "hangs", **GROUPS)
-
-
-def test_a_signal_saves_and_leaves_no_process(tmp_path, monkeypatch):
-    original, before = async_grpo.log_samples, {*multiprocessing.active_children()}
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(path, step, *arguments):
-        original(path, step, *arguments)
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(async_grpo, "log_samples", stop)
-    try:
-        train(async_grpo, tmp_path / "run", **GROUPS, max_steps=4000)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
-    assert (tmp_path / "run" / "checkpoint-00000002").is_dir()
-    assert not {*multiprocessing.active_children()} - before
 
 
 # ---- A simulated server: latencies and deaths that a real one cannot be told -----------------------------------

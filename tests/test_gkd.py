@@ -382,15 +382,6 @@ def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, serve
         assert train(tmp_path / name, resume=True, **flags) == straight
 
 
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "seq_kd": True}], ids=["defaults", "lora, seq-kd"])
-def test_resume_is_exact(tmp_path, flags):
-    """Over the end of an epoch, with held-out metrics."""
-    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), **flags, "eval_every": 3, "max_steps": 4}
-    flags |= {"eval_dataset": rows_file(tmp_path / "eval.jsonl", 20)}
-    conftest.assert_resume_is_exact(gkd, tmp_path, save_every=2, **flags)
-    assert read_completions(tmp_path / "straight")
-
-
 BAD_FLAGS = [
     ({"beta": 1.5, "lmbda": -0.1}, r"--beta is 1.5; it must be .* 0 .* 1\n *--lmbda is -0.1"),
     ({"loss_type": "sampled"}, "--loss-type sampled needs --lmbda 1"),

@@ -215,14 +215,6 @@ def test_two_ranks_equal_one(tmp_path, rankings, lora_rank):
     conftest.assert_two_ranks_train_as_one(rm, tmp_path, 2e-3, **flags)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4], ids=["weights", "adapters"])
-def test_resume_is_exact(tmp_path, ragged, lora_rank):
-    """From the middle of an epoch of three steps, and from its end."""
-    flags = {"dataset": (ragged,), "eval_dataset": (ragged,), "eval_every": 2, "max_steps": 4}
-    save_every = 3 if lora_rank else 2
-    conftest.assert_resume_is_exact(rm, tmp_path, lora_rank=lora_rank, save_every=save_every, **flags)
-
-
 # ---- Rows and flags --------------------------------------------------------------------------------------------------
 
 PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}

@@ -31,7 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import sft
-from common import UserError, encode_sft
+from common import encode_sft
 
 MODEL = ASSETS / "model"
 ROWS = read_rows(ASSETS / "messages.jsonl")[:200]
@@ -209,29 +209,6 @@ def test_two_ranks_equal_one(tmp_path, ragged, mode):
 # ---- Stopped and resumed ----
 
 
-@pytest.mark.parametrize(
-    ("save_every", "mode"), [(2, {}), (5, {"lora_rank": 4, "neftune_alpha": 5.0, "lr_schedule": "cosine"})]
-)
-def test_resume_is_exact(tmp_path, ragged, save_every, mode):
-    """In the middle of an epoch of five steps and at its end."""
-    flags = {"dataset": ragged, "max_steps": 6, "eval_dataset": ragged, "eval_every": 2}
-    conftest.assert_resume_is_exact(sft, tmp_path, save_every=save_every, **flags, **mode)
-
-
-def test_resume_keeps_the_samples_of_steps_before_it(tmp_path, ragged):
-    flags = {"dataset": ragged, "save_every": 1, "max_steps": 4}
-    train(tmp_path / "run", **flags)
-    assert sorted(path.name[-1] for path in (tmp_path / "run").glob("checkpoint-*")) == ["3", "4"], "two stay"
-    conftest.cut_back(tmp_path / "run")
-    rows = [{"step": 3, "completion": "a\u2028b\x85c"}, {"step": 4, "completion": "later"}]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (tmp_path / "run" / "completions.jsonl").write_text(text, encoding="utf-8")
-    train(tmp_path / "run", resume=True, **flags)
-    expected = read_metrics(tmp_path / "run")
-    assert conftest.read_completions(tmp_path / "run") == rows[:1]
-    assert train(tmp_path / "run", resume=True, **flags) == expected, "nothing is left to do"
-
-
 STOPS = [(1, 1, "SIGKILL"), (2, 2, "SIGKILL"), (2, 1, "SIGKILL"), (1, 2, "SIGKILL"), (2, 2, "SIGTERM")]
 STOPS[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in STOPS[1:]]
 
@@ -257,44 +234,6 @@ def test_stopped_at_a_random_instant_then_resumed(tmp_path, ragged, before, afte
         assert_same_run(stopped, straight)
     else:
         assert_same_curve(found, expected, rtol=1e-3)
-
-
-def test_sigterm_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, ragged, monkeypatch, capsys):
-    flags = {"dataset": ragged, "max_steps": 6, "micro_batch_tokens": 128}
-    train(tmp_path / "straight", **flags)
-    taken, step = [], torch.optim.AdamW.step
-
-    def signalled(*args, **options):
-        taken.append(1)
-        if len(taken) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", signalled)
-        rows = train(tmp_path / "run", **flags)
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert [path.name for path in (tmp_path / "run").glob("check*")] == ["checkpoint-00000003"]
-    assert not (tmp_path / "run" / "final").exists()
-    assert f"--output-dir {tmp_path / 'run'} --resume" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second signal ends the run at once"
-    train(tmp_path / "run", resume=True, **flags)
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
-
-
-def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path, ragged, monkeypatch):
-    real, calls, updates, step = sft.sft_loss, [], [], torch.optim.AdamW.step
-
-    def poisoned(*args):
-        calls.append(1)
-        return real(*args) * (float("nan") if len(calls) == 3 else 1.0)
-
-    monkeypatch.setattr(sft, "sft_loss", poisoned)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updates.append(1) or step(*args))
-    with pytest.raises(UserError, match=r"step 3: the loss is nan.*row \d+ of .*ragged.jsonl"):
-        train(tmp_path / "run", dataset=ragged, save_every=1)
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2]
-    assert len(updates) == len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
 
 
 # ---- Saved and loaded ----
