@@ -1,5 +1,6 @@
 """What every script promises: exact resume, a signal, a loss that is not finite."""
 
+import functools
 import json
 import math
 import multiprocessing
@@ -42,7 +43,7 @@ MODES = FIRST | {
 
 
 def checkpoints(output_dir):
-    return sorted(int(path.name[-8:]) for path in output_dir.glob("checkpoint-*/progress.json"))
+    return sorted(int(path.parent.name[-8:]) for path in output_dir.glob("checkpoint-*/progress.json"))
 
 
 def cut_back(output_dir):
@@ -56,19 +57,29 @@ def cut_back(output_dir):
         file.write('{"step": 7, "lo')  # killed in the middle of a line
 
 
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory):
+    """A function that trains in a mode, the first time that it is asked -> script, flags, output directory."""
+
+    def run(name):
+        script, flags = MODES[name]
+        flags = {"max_steps": 4, "save_every": 2, "eval_every": 2, **flags}
+        train(script, path := tmp_path_factory.mktemp("straight") / "run", **flags)
+        assert checkpoints(path) == [flags["save_every"], flags["max_steps"]]
+        return script, flags, path
+
+    return functools.cache(run)
+
+
 @pytest.mark.parametrize("name", MODES)
-def test_resume_is_exact(tmp_path, name):
+def test_resume_is_exact(tmp_path, straight_run, name):
     """In the middle of an epoch, at its end, and within a generation batch. A second time nothing is left to do."""
-    script, flags = MODES[name]
-    flags = {"max_steps": 4, "save_every": 2, "eval_every": 2, **flags}
-    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    train(script, straight, **flags)
-    assert checkpoints(straight) == [flags["save_every"], flags["max_steps"]]
-    shutil.copytree(straight, resumed)
-    cut_back(resumed)
+    script, flags, straight = straight_run(name)
+    shutil.copytree(straight, tmp_path / "run")
+    cut_back(tmp_path / "run")
     for _ in range(2):
-        train(script, resumed, resume=True, **flags)
-        assert_same_run(resumed, straight)
+        train(script, tmp_path / "run", resume=True, **flags)
+        assert_same_run(tmp_path / "run", straight)
 
 
 def test_resume_keeps_the_samples_of_steps_before_it(tmp_path):
@@ -85,30 +96,29 @@ def test_resume_keeps_the_samples_of_steps_before_it(tmp_path):
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, monkeypatch, capsys, name):
-    script, flags = FIRST[name]
-    flags = {**flags, "max_steps": 3, "eval_every": 0, "save_every": 0}
-    straight, stopped, steps, step = tmp_path / "straight", tmp_path / "stopped", [], torch.optim.AdamW.step
-    train(script, straight, **flags)
+def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
+    tmp_path, monkeypatch, capsys, straight_run, name
+):
+    script, flags, straight = straight_run(name)
+    steps, step, before = [], torch.optim.AdamW.step, {*multiprocessing.active_children()}
 
     def signalled(*args, **options):
         steps.append(1)
-        if len(steps) == 2:
+        if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*args, **options)
 
-    before = {*multiprocessing.active_children()}
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", signalled)
-        rows = train(script, stopped, **flags)
-    assert [row["step"] for row in rows if "loss" in row] == [1, 2]
-    assert checkpoints(stopped) == [2]
-    assert not (stopped / "final").exists()
-    assert f"--output-dir {stopped} --resume" in capsys.readouterr().out
+        rows = train(script, tmp_path, **flags)
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
+    assert checkpoints(tmp_path)[-1] == 3
+    assert not (tmp_path / "final").exists()
+    assert f"--output-dir {tmp_path} --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second signal ends the run at once"
     assert not {*multiprocessing.active_children()} - before
-    train(script, stopped, resume=True, **flags)
-    assert_same_run(stopped, straight)
+    train(script, tmp_path, resume=True, **flags)
+    assert_same_run(tmp_path, straight)
 
 
 @pytest.mark.parametrize("name", FIRST)

@@ -247,20 +247,7 @@ GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "n_ctx": 512
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MAMBA = {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16}
 FALCON = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
-PLAIN = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma",
-    "olmo",
-    "olmo2",
-    "phi",
-    "phi3",
-    "glm",
-    "glm4",
-    "smollm3",
-    "gpt_neox",
-)
+PLAIN = ["llama", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "phi", "phi3", "glm", "glm4", "smollm3", "gpt_neox"]  # fmt: skip
 # What an architecture's config needs beyond SIZES.
 PACKED = {name: {} for name in PLAIN} | {
     "mistral": {"sliding_window": 5}, "gemma3_text": {"sliding_window": 4}, "cohere": {"logit_scale": 0.25},

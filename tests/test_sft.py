@@ -14,17 +14,7 @@ import time
 import conftest
 import pytest
 import torch
-from conftest import (
-    ASSETS,
-    ROOT,
-    assert_same_curve,
-    assert_same_run,
-    flags_of,
-    read_metrics,
-    read_rows,
-    run,
-    weights,
-)
+from conftest import ASSETS, ROOT, assert_same_curve, flags_of, read_metrics, read_rows, run, weights
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
@@ -231,7 +221,7 @@ def test_stopped_at_a_random_instant_then_resumed(tmp_path, ragged, before, afte
         assert max(stopped.glob("check*")).name == f"checkpoint-{done:08d}"
     found = conftest.train_on(after, sft, stopped, resume=True, **flags)
     if before == after:
-        assert_same_run(stopped, straight)
+        conftest.assert_same_run(stopped, straight)
     else:
         assert_same_curve(found, expected, rtol=1e-3)
 
