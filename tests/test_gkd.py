@@ -172,18 +172,19 @@ def read_otherwise(data):
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path, served):
     """A local one, and a server's."""
+    data = {"dataset": rows_file(tmp_path / "rows.jsonl", 8)}
     for change, message in ((swap_two_ids, "in their tokens: "), (read_otherwise, "in their ids of a text")):
         path = teacher_with(tmp_path / change.__name__, change)
         served.tokenizer = load_tokenizer(path)
         for flags in ({"teacher": path}, {"teacher": URL, "teacher_top_k": 4}):
             with pytest.raises(UserError, match=message):
-                train(tmp_path / "run", **flags)
+                train(tmp_path / "run", **data, **flags)
     template = (ASSETS / "teacher/chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> ")
     (tmp_path / "template.jinja").write_text(template)
     served.tokenizer = load_tokenizer(TEACHER)
     for flags in ({"teacher": TEACHER}, {"teacher": URL, "teacher_top_k": 4}):
         with pytest.raises(UserError, match="in their chat templates"):
-            train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"), **flags)
+            train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"), **data, **flags)
     assert not (tmp_path / "run").exists()
 
 

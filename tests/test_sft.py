@@ -111,6 +111,8 @@ def test_the_seed_orders_the_data_and_draws_the_noise(tmp_path, ragged):
         assert a == b
         assert a[0] == c[0], "evaluation has no noise"
         assert a[1]["loss"] != c[1]["loss"]
+    losses = [row["loss"] for row in train(tmp_path / "run", **{**flags, "max_steps": 10})[1:-1]]
+    assert losses[:5] != pytest.approx(losses[5:]), "each epoch has an order of its own"
     first, second = (sft.epoch_order(100, 0, epoch).tolist() for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(100)) != first != second
 
