@@ -38,7 +38,7 @@ def with_noise(model, seed, size=0.005):
 OF_TRL = [
     *({"loss_type": (name,)} for name in ("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot")),
     *({"loss_type": (name,)} for name in ("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")),
-    *({"loss_type": (name,), "label_smoothing": 0.1} for name in ("sigmoid", "exo_pair", "robust", "aot", "aot_unpaired")),
+    *({"loss_type": (name,), "label_smoothing": 0.1} for name in ("exo_pair", "robust", "aot", "aot_unpaired")),
     {"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)},
     *(
         {"loss_type": (name,), "f_divergence_type": kind}
@@ -174,6 +174,9 @@ def paper_loss(name, args, w, lo, rw, rl, nw, nl):
             return -w / nw - args.beta * torch.sigmoid(((p_w / (1 - p_w)) / (p_l / (1 - p_l))).log()).log()
         case "rdpo":  # Bradley-Terry of the rewards beta log(pi / ref) + alpha |y|
             return -F.logsigmoid(margin + args.rdpo_alpha * nw - args.rdpo_alpha * nl)
+        case "sigmoid":  # cDPO
+            p, eps = torch.sigmoid(margin), args.label_smoothing
+            return -(1 - eps) * p.log() - eps * (1 - p).log()
 
 
 BEYOND_TRL = {
@@ -181,6 +184,7 @@ BEYOND_TRL = {
     "cpo": {},
     "orpo": {"beta": 0.25},
     "rdpo": {"rdpo_alpha": 0.03},
+    "sigmoid": {"label_smoothing": 0.2},
 }
 
 
