@@ -279,14 +279,14 @@ def test_a_lost_server_ends_the_run_with_a_checkpoint(tmp_path, server, route):
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_prompts_that_it_had_not_trained(tmp_path, server):
     """Groups come out of order from the server, so the checkpoint names prompts beyond the first untrained one."""
-    flags = server("--median-seconds", 0.2, max_steps=12, max_staleness=2, save_every=1)
+    flags = server("--median-seconds", 0.2, max_steps=12, max_staleness=2, save_every=1, batch_size=32)
     process = conftest.start("async_grpo.py", *flags_of(**flags, output_dir=tmp_path / "run"))
     conftest.wait_for_step(process, tmp_path / "run", 5)
     conftest.kill(process, tmp_path / "run")
     progress = max((tmp_path / "run").glob("checkpoint-*/progress.json"))
     assert json.loads(progress.read_text())["done"]
     train(async_grpo, tmp_path / "run", resume=True, **flags)
-    check_prompts(tmp_path / "run", 12)
+    check_prompts(tmp_path / "run", 12, per_step=8)
 
 
 # ---- A real server, and the default runs -----------------------------------------------------------------------
