@@ -1,14 +1,17 @@
 """gkd.py: divergences against whole logits and TRL, tokenizers, teachers, any split of the work, resume, learning."""
 
+import copy
+import functools
 import json
 import math
 import shutil
 from types import MethodType, SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import ASSETS, SHORT, assert_same_curve, flags_of, read_metrics, run, weights, write_rows
+from conftest import ASSETS, assert_same_curve, read_completions, read_rows, run_well, write_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Cohere2Config, Gemma2Config
 from trl.experimental.gkd import GKDTrainer
@@ -17,25 +20,16 @@ import gkd
 from common import EngineError, HFEngine, Sample, UserError, collate, encode_distillation, load_tokenizer
 
 MODEL, TEACHER, URL = str(ASSETS / "model"), str(ASSETS / "teacher"), "http://127.0.0.1:9"  # nobody is there
-ROWS = (ASSETS / "messages.jsonl").read_text().splitlines(keepends=True)
+ROWS = read_rows(ASSETS / "messages.jsonl")
 BETAS = [0.0, 0.1, 0.5, 1.0]
 
 
-def train(output_dir, **flags):
-    """Run gkd.py in this process -> its metrics."""
-    short = {**SHORT, "batch_size": 16, "max_length": 100}
-    gkd.main(gkd.Args(output_dir=str(output_dir), **{**short, **flags}))
-    return read_metrics(output_dir)
-
-
-def answers_of(output_dir):
-    return [json.loads(line) for line in (output_dir / "completions.jsonl").read_text().splitlines()]
+train = functools.partial(conftest.train, gkd, batch_size=16, max_length=100)
 
 
 def rows_file(path, n):
     """A data file of the first n conversations, as --dataset takes it."""
-    path.write_text("".join(ROWS[:n]))
-    return (str(path),)
+    return (write_rows(path, ROWS[:n]),)
 
 
 def naive(logps, teacher_logps, loss_type, beta, k, labels):
@@ -178,19 +172,19 @@ def read_otherwise(data):
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path, served):
     """A local one, and a server's."""
+    data = {"dataset": rows_file(tmp_path / "rows.jsonl", 8)}
     for change, message in ((swap_two_ids, "in their tokens: "), (read_otherwise, "in their ids of a text")):
         path = teacher_with(tmp_path / change.__name__, change)
         served.tokenizer = load_tokenizer(path)
         for flags in ({"teacher": path}, {"teacher": URL, "teacher_top_k": 4}):
             with pytest.raises(UserError, match=message):
-                train(tmp_path / "run", **flags)
-            gkd.dist.is_initialized() and gkd.dist.destroy_process_group()
+                train(tmp_path / "run", **data, **flags)
     template = (ASSETS / "teacher/chat_template.jinja").read_text().replace("<|im_end|>", "<|im_end|> ")
     (tmp_path / "template.jinja").write_text(template)
     served.tokenizer = load_tokenizer(TEACHER)
     for flags in ({"teacher": TEACHER}, {"teacher": URL, "teacher_top_k": 4}):
         with pytest.raises(UserError, match="in their chat templates"):
-            train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"), **flags)
+            train(tmp_path / "run", chat_template=str(tmp_path / "template.jinja"), **data, **flags)
     assert not (tmp_path / "run").exists()
 
 
@@ -224,7 +218,7 @@ def documents_of(answers):
 def test_the_first_loss_is_the_models_divergence_on_data_and_on_samples(tmp_path, beta):
     """With a temperature, and divided by the tokens that were trained: by those of samples, though the data's
     answers are much longer. And so is its gradient."""
-    tokenizer, rows = load_tokenizer(TEACHER), [json.loads(line) for line in ROWS[:16]]
+    tokenizer, rows = load_tokenizer(TEACHER), copy.deepcopy(ROWS[:16])
     for row in rows:
         row["messages"][1]["content"] += " 1234567"
     flags = {"dataset": (write_rows(tmp_path / "rows.jsonl", rows),), "beta": beta, "max_steps": 1}
@@ -235,7 +229,7 @@ def test_the_first_loss_is_the_models_divergence_on_data_and_on_samples(tmp_path
     kinds = {"student": {"lmbda": 1.0, "temperature": 0.8}, "teacher": {"lmbda": 0.0, "seq_kd": True}}
     for writer, kind in kinds.items():
         (found,) = train(tmp_path / writer, **flags, **kind)
-        answers = answers_of(tmp_path / writer)
+        answers = read_completions(tmp_path / writer)
         documents = documents_of(answers)
         expected = naive_step(documents, beta, kind.get("temperature", 1.0))
         assert [found["loss"], found["grad_norm"]] == pytest.approx(expected, rel=1e-2)
@@ -257,7 +251,7 @@ def test_a_step_samples_from_its_own_weights(tmp_path):
     cold = {"temperature": 0.02, "beta": 0.0, "learning_rate": 3e-3, "lr_schedule": "constant"}
     for steps in (1, 2):
         train(tmp_path / str(steps), max_steps=steps, warmup_steps=0, **flags, **cold)
-    answers, tokenizer, expected = answers_of(tmp_path / "2"), load_tokenizer(TEACHER), []
+    answers, tokenizer, expected = read_completions(tmp_path / "2"), load_tokenizer(TEACHER), []
     for step, path in ((1, MODEL), (2, tmp_path / "1" / "final")):
         model = AutoModelForCausalLM.from_pretrained(path)
         for row in (row for row in answers if row["step"] == step):
@@ -269,7 +263,7 @@ def test_a_step_samples_from_its_own_weights(tmp_path):
     assert sorted(expected[:8]) != sorted(expected[8:]), "the first step has changed them"
     assert [row["version"] for row in answers] == [0] * 8 + [1] * 8
     train(tmp_path / "warm", temperature=2.0, learning_rate=1e-12, max_steps=2, **flags)
-    answers = sorted(answers_of(tmp_path / "warm"), key=lambda row: (row["step"], row["prompt"]))
+    answers = sorted(read_completions(tmp_path / "warm"), key=lambda row: (row["step"], row["prompt"]))
     assert sum(a["completion"] != b["completion"] for a, b in zip(answers[:8], answers[8:], strict=True)) > 4
 
 
@@ -288,17 +282,14 @@ def test_two_ranks_give_the_curve_of_one(tmp_path):
     that one of two ranks has nothing to do."""
     flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 19), "batch_size": 6, "max_steps": 4}
     flags |= {"lora_rank": 4, "learning_rate": 1e-2, "teacher_top_k": 8, "seq_kd": True, "max_length": 100}
-    rows = train(tmp_path / "1", **flags)
-    result = run("gkd.py", *flags_of(output_dir=tmp_path / "2", **flags), ranks=2)
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert_same_curve(read_metrics(tmp_path / "2"), rows, rtol=1e-2)
-    assert {row["on_policy"] for row in rows} == {0, 1}
-    assert answers_of(tmp_path / "1") == answers_of(tmp_path / "2")
+    conftest.assert_two_ranks_train_as_one(gkd, tmp_path, 1e-2, **flags)
+    assert {row["on_policy"] for row in conftest.read_metrics(tmp_path / "1")} == {0, 1}
+    assert read_completions(tmp_path / "1") == read_completions(tmp_path / "2")
 
 
 def test_no_answer_of_the_data_is_used_on_policy(tmp_path):
     """--lmbda 1 trains the same on conversations, on those with other answers, and on prompts alone."""
-    chats, curves = [json.loads(line)["messages"] for line in ROWS[:16]], []
+    chats, curves = [row["messages"] for row in ROWS[:16]], []
     kinds = [{"messages": chat} for chat in chats], [{"prompt": chat[:1]} for chat in chats]
     for rows in (*kinds, [{"messages": [chat[0], {**chat[1], "content": "7"}]} for chat in chats]):
         path = write_rows(tmp_path / f"{len(curves)}.jsonl", rows)
@@ -387,23 +378,8 @@ def test_a_lost_teacher_or_engine_ends_the_run_with_a_checkpoint(tmp_path, serve
             patch.setattr(HFEngine, "generate", fragile if name == "engine" else generate)
             with pytest.raises(UserError, match=rf"the {name} is gone\nThe run is saved as of step [1-3];"):
                 train(tmp_path / name, **flags)
-        gkd.dist.destroy_process_group()
         served.fails_at = math.inf
         assert train(tmp_path / name, resume=True, **flags) == straight
-
-
-@pytest.mark.parametrize("flags", [{}, {"lora_rank": 4, "seq_kd": True}], ids=["defaults", "lora, seq-kd"])
-def test_resume_is_exact(tmp_path, flags):
-    """Over the end of an epoch, with held-out metrics, from a checkpoint before the last step that was logged."""
-    flags = {"dataset": rows_file(tmp_path / "rows.jsonl", 48), **flags, "eval_every": 3, "max_steps": 6}
-    flags |= {"eval_dataset": rows_file(tmp_path / "eval.jsonl", 20)}
-    straight = train(tmp_path / "straight", **flags)
-    train(tmp_path / "resumed", save_every=2, **flags)
-    shutil.rmtree(tmp_path / "resumed" / "checkpoint-00000006")
-    assert train(tmp_path / "resumed", save_every=2, resume=True, **flags) == straight
-    assert answers_of(tmp_path / "straight") == answers_of(tmp_path / "resumed") != []
-    for name, weight in weights(tmp_path / "straight").items():
-        assert torch.equal(weights(tmp_path / "resumed")[name], weight)
 
 
 BAD_FLAGS = [
@@ -433,7 +409,6 @@ def test_bad_flags(tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--lmbda", "1"]], ids=["defaults", "on policy"])
 def test_default_run_learns(tmp_path, flags):
     """From about half of the held-out sums to nine in ten."""
-    result = run("gkd.py", *flags, "--output-dir", tmp_path / "run")
-    assert result.returncode == 0, result.stderr[-2000:]
-    right = [row["eval/exact_match"] for row in read_metrics(tmp_path / "run") if "eval/exact_match" in row]
+    rows = run_well("gkd.py", tmp_path / "run", *flags)
+    right = [row["eval/exact_match"] for row in rows if "eval/exact_match" in row]
     assert 0.4 < right[0] < 0.6 < 0.9 <= right[-1]

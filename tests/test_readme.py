@@ -34,6 +34,7 @@ STAND_INS = {
     "pairs.jsonl": str(ASSETS / "preferences_eval.jsonl"),
     "prompts.jsonl": str(ASSETS / "prompts_eval.jsonl"),
 }
+SHORT = ["--max-steps", "2", "--batch-size", "16"]
 ONCE = "torchrun --nnodes"  # the other commands under torchrun run with one rank
 
 
@@ -53,8 +54,8 @@ def run_here(words, monkeypatch, only_checks=False):
     script = importlib.import_module(words[0].removesuffix(".py"))
     if only_checks:
         monkeypatch.setattr(script, "load_tokenizer", lambda *_: (_ for _ in ()).throw(Stop))
-    is_training = "--score" not in words
-    script.main(tyro.cli(script.Args, args=[*words[1:], *(["--max-steps", "2"] if is_training else [])]))
+    words = words if "--score" in words else [*words, *SHORT]
+    script.main(tyro.cli(script.Args, args=words[1:]))
 
 
 def run_as_a_process(words, directory):
@@ -64,10 +65,9 @@ def run_as_a_process(words, directory):
             words[words.index(flag) + 1] = value
     programs = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
     paths = [str(ROOT / word) if word.endswith(".py") else word for word in words[1:]]
-    paths += ["--max-steps", "2", "--batch-size", "16"] if words[0] == "torchrun" else []
-    result = subprocess.run(
-        [*programs[words[0]], *paths], cwd=directory, capture_output=True, text=True, timeout=300
-    )
+    paths += SHORT if words[0] == "torchrun" else []
+    options = {"cwd": directory, "capture_output": True, "text": True, "timeout": 300}
+    result = subprocess.run([*programs[words[0]], *paths], **options)
     assert result.returncode == 0, result.stderr[-6000:]
 
 
@@ -82,7 +82,7 @@ def prepare(command, directory, monkeypatch):
     if "--resume" in command:
         run_here(shlex.split(command.replace(" --resume", ""))[1:], monkeypatch)
     if "runs/judge/final" in command:
-        run_here(["reward_model.py", "--output-dir", "runs/judge", "--batch-size", "8"], monkeypatch)
+        run_here(["reward_model.py", "--output-dir", "runs/judge"], monkeypatch)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -98,11 +98,8 @@ def test_command_runs(tmp_path, command, monkeypatch):
         return
     else:
         run_here(words[script:], monkeypatch)
-    assert [
-        path
-        for pattern in ("runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl")
-        for path in tmp_path.glob(pattern)
-    ]
+    made = ("runs/*/final", "stdlib/train.jsonl", "runs/*/scores.jsonl")
+    assert any([*tmp_path.glob(pattern)] for pattern in made)
 
 
 def test_the_servers_are_started_as_the_scripts_would():

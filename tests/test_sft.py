@@ -10,22 +10,21 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import conftest
 import pytest
 import torch
-from conftest import ASSETS, ROOT, assert_same_curve, flags_of, read_metrics, run, weights
+from conftest import ASSETS, ROOT, assert_same_curve, flags_of, read_metrics, read_rows, run, weights
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 import sft
-from common import UserError, encode_sft
+from common import encode_sft
 
 MODEL = ASSETS / "model"
-ROWS = [json.loads(line) for line in (ASSETS / "messages.jsonl").read_text().splitlines()[:200]]
+ROWS = read_rows(ASSETS / "messages.jsonl")[:200]
 train = functools.partial(conftest.train, sft)
 
 
@@ -36,11 +35,6 @@ def ragged(tmp_path):
     chats = [[rng.choice(ROWS)["messages"] for _ in range(rng.randint(1, 5))] for _ in range(37)]
     rows = [{"messages": sum(chat, [])} for chat in chats]
     return (conftest.write_rows(tmp_path / "ragged.jsonl", rows),)
-
-
-def encoded(dataset):
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    return [encode_sft(json.loads(line), tokenizer) for line in Path(dataset[0]).read_text().splitlines()]
 
 
 def save_model(path, model):
@@ -66,9 +60,9 @@ def reference_curve(dataset, learning_rates, clip=1.0, **adamw):
     model = AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="eager")
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, **adamw)
     examples = []
-    for line in Path(dataset[0]).read_text().splitlines():
+    for row in read_rows(dataset[0]):
         ids, labels = [], []
-        for message in json.loads(line)["messages"]:
+        for message in row["messages"]:
             texts = f"<|im_start|>{message['role']}\n", f"{message['content']}<|im_end|>", "\n"
             head, body, tail = (tokenizer(text)["input_ids"] for text in texts)
             trained = body if message["role"] == "assistant" else [-100] * len(body)
@@ -117,6 +111,8 @@ def test_the_seed_orders_the_data_and_draws_the_noise(tmp_path, ragged):
         assert a == b
         assert a[0] == c[0], "evaluation has no noise"
         assert a[1]["loss"] != c[1]["loss"]
+    losses = [row["loss"] for row in train(tmp_path / "run", **{**flags, "max_steps": 10})[1:-1]]
+    assert losses[:5] != pytest.approx(losses[5:]), "each epoch has an order of its own"
     first, second = (sft.epoch_order(100, 0, epoch).tolist() for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(100)) != first != second
 
@@ -143,31 +139,38 @@ def test_bfloat16_trains_like_float32_and_reduces_in_float32(tmp_path, ragged, m
     flags = {"dataset": ragged, "model": untied_model(tmp_path / "model"), "batch_size": 37}
     exact, rounded = train(tmp_path / "a", **flags), train(tmp_path / "b", dtype="bfloat16", **flags)
     assert {(p.param_dtype, p.reduce_dtype) for p in policies} == {(torch.bfloat16, torch.float32)}
-    assert [row["loss"] for row in rounded] == pytest.approx([row["loss"] for row in exact], rel=0.02)
-    assert [row["grad_norm"] for row in rounded] == pytest.approx(
-        [row["grad_norm"] for row in exact], rel=0.1
-    )
+    for row, expected in zip(rounded, exact, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=0.02)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
     assert weights(tmp_path / "b")["lm_head.weight"].dtype == torch.bfloat16
 
 
 # ---- Any split of the work ----
 
 
-@pytest.mark.parametrize("how", ["smallest", "of 250", "alone", "checkpointed"])
-def test_micro_batches_do_not_change_the_curve(tmp_path, ragged, how, monkeypatch):
+def test_micro_batches_do_not_change_the_curve(tmp_path, ragged, monkeypatch):
+    """The smallest that do, larger ones, documents in rows of their own, and layers that are computed again."""
     flags = {"dataset": ragged, "max_steps": 5, "label_smoothing": 0.1}
-    whole = train(tmp_path / "whole", **flags)
-    lengths = [len(row["input_ids"]) for row in encoded(ragged)]
-    if how == "alone":
-        monkeypatch.setattr(sft, "self_check", lambda *_: False)
-    flags |= {"micro_batch_tokens": {"smallest": max(lengths), "of 250": 250}.get(how, 8192)}
-    calls, forward = [], Qwen3MLP.forward
-    monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
-    cut = train(tmp_path / "cut", gradient_checkpointing=how == "checkpointed", **flags)
-    assert_same_curve(cut, whole)
-    assert len(calls) >= 60, "4 layers x 5 steps, and more micro-batches or each layer again in the backward"
+    whole, tokenizer = train(tmp_path / "whole", **flags), AutoTokenizer.from_pretrained(MODEL)
+    lengths = [len(encode_sft(row, tokenizer)["input_ids"]) for row in read_rows(ragged[0])]
     assert whole[4]["epoch"] == 1.0  # the last batch of the epoch is smaller, and trained
     assert whole[4]["tokens"] == sum(lengths)
+    calls, forward = [], Qwen3MLP.forward
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda self, x: calls.append(1) or forward(self, x))
+    cases = [
+        {"micro_batch_tokens": max(lengths)},
+        {"micro_batch_tokens": 250},
+        {"gradient_checkpointing": True},
+        {},
+    ]
+    for number, case in enumerate(cases):
+        calls.clear()
+        if not case:
+            monkeypatch.setattr(sft, "self_check", lambda *_: False)
+        assert_same_curve(train(tmp_path / str(number), **case, **flags), whole)
+        assert len(calls) >= 60, (
+            "4 layers x 5 steps, and more micro-batches or each layer again in the backward"
+        )
 
 
 SLOW_MODES = [{"lora_rank": 4, "gradient_checkpointing": True}, {"dtype": "bfloat16"}]
@@ -187,56 +190,15 @@ def test_two_ranks_equal_one(tmp_path, ragged, mode):
         "eval_every": 3,
         **mode,
     }
-    curve = train(tmp_path / "one", **flags)
-    result = run("sft.py", *flags_of(output_dir=tmp_path / "two", **flags), ranks=2)
-    assert result.returncode == 0, result.stderr[-6000:]
     rtol = 0.05 if "dtype" in mode else 1e-3
-    assert_same_curve(read_metrics(tmp_path / "two"), curve, rtol)
-    assert len([row for row in curve if "eval/loss" in row]) == 3
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    conftest.assert_two_ranks_train_as_one(sft, tmp_path, rtol, **flags)
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=rtol, atol=rtol / 10)
 
 
 # ---- Stopped and resumed ----
-
-
-def assert_same_run(found, expected):
-    """Bit for bit: metrics.jsonl (times aside) and weights."""
-    assert read_metrics(found) == read_metrics(expected)
-    a, b = weights(found), weights(expected)
-    assert all(torch.equal(a[name], b[name]) for name in b)
-
-
-@pytest.mark.parametrize(("save_every", "kept"), [(2, [4, 6]), (5, [5, 6])])  # an epoch has five steps
-@pytest.mark.parametrize("mode", [{}, {"lora_rank": 4, "neftune_alpha": 5.0, "lr_schedule": "cosine"}])
-def test_resume_is_exact(tmp_path, ragged, save_every, kept, mode):
-    """In the middle of an epoch and at its end; what a killed run left behind is in nobody's way."""
-    flags = {
-        "dataset": ragged,
-        "max_steps": 6,
-        "save_every": save_every,
-        "eval_dataset": ragged,
-        "eval_every": 2,
-    }
-    straight, cut = tmp_path / "straight", tmp_path / "cut"
-    train(straight, **flags, **mode)
-    train(cut, **flags, **mode)
-    assert sorted(path.name for path in cut.glob("check*")) == [f"checkpoint-{step:08d}" for step in kept]
-    shutil.rmtree(cut / "checkpoint-00000006")
-    shutil.rmtree(cut / "final")
-    for name in ("checkpoint-00000006", ".checkpoint-00000006.partial"):  # not complete: no progress.json
-        (cut / name).mkdir()
-    with open(cut / "metrics.jsonl", "a") as file:
-        file.write('{"step": 7, "lo')  # killed in the middle of a line
-    rows = [{"step": 4, "completion": "a\u2028b\x85c"}, {"step": 7, "completion": "later"}]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    (cut / "completions.jsonl").write_text(text, encoding="utf-8")
-    for _ in range(2):  # the second time there is nothing left to do, and nothing is done twice
-        train(cut, resume=True, **flags, **mode)
-        assert_same_run(cut, straight)
-    assert list(map(json.loads, (cut / "completions.jsonl").read_text().splitlines())) == rows[:1]
 
 
 STOPS = [(1, 1, "SIGKILL"), (2, 2, "SIGKILL"), (2, 1, "SIGKILL"), (1, 2, "SIGKILL"), (2, 2, "SIGTERM")]
@@ -246,9 +208,9 @@ STOPS[1:] = [pytest.param(*case, marks=pytest.mark.slow) for case in STOPS[1:]]
 @pytest.mark.parametrize(("before", "after", "by"), STOPS)
 def test_stopped_at_a_random_instant_then_resumed(tmp_path, ragged, before, after, by):
     """Bit for bit on as many ranks as before, to rounding on another number."""
-    flags = {"dataset": ragged, "max_steps": 60, "save_every": 5, "batch_size": 9, "learning_rate": 1e-4}
+    flags = {"dataset": ragged, "max_steps": 40, "save_every": 5, "batch_size": 9, "learning_rate": 1e-4}
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    assert run("sft.py", *flags_of(output_dir=straight, **flags), ranks=before).returncode == 0
+    expected = conftest.train_on(before, sft, straight, **flags)
     process = conftest.start("sft.py", *flags_of(output_dir=stopped, **flags), ranks=before)
     conftest.wait_for_step(process, stopped, 12)
     time.sleep(random.random() * 0.3)
@@ -259,63 +221,11 @@ def test_stopped_at_a_random_instant_then_resumed(tmp_path, ragged, before, afte
         assert f"--output-dir {stopped} --resume" in process.communicate(timeout=60)[0]
         done = read_metrics(stopped)[-1]["step"]
         assert max(stopped.glob("check*")).name == f"checkpoint-{done:08d}"
-    result = run("sft.py", *flags_of(output_dir=stopped, resume=True, **flags), ranks=after)
-    assert result.returncode == 0, result.stderr[-6000:]
+    found = conftest.train_on(after, sft, stopped, resume=True, **flags)
     if before == after:
-        assert_same_run(stopped, straight)
+        conftest.assert_same_run(stopped, straight)
     else:
-        assert_same_curve(read_metrics(stopped), read_metrics(straight), rtol=1e-3)
-
-
-def test_sigterm_finishes_the_step_saves_it_and_says_how_to_go_on(tmp_path, ragged, monkeypatch, capsys):
-    flags = {"dataset": ragged, "max_steps": 6, "micro_batch_tokens": 128}
-    train(tmp_path / "straight", **flags)
-    taken, step = [], torch.optim.AdamW.step
-
-    def signalled(*args, **options):
-        taken.append(1)
-        if len(taken) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim.AdamW, "step", signalled)
-        rows = train(tmp_path / "run", **flags)
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert [path.name for path in (tmp_path / "run").glob("check*")] == ["checkpoint-00000003"]
-    assert not (tmp_path / "run" / "final").exists()
-    assert f"--output-dir {tmp_path / 'run'} --resume" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "a second signal ends the run at once"
-    train(tmp_path / "run", resume=True, **flags)
-    assert_same_run(tmp_path / "run", tmp_path / "straight")
-
-
-def test_resume_refuses_other_flags_and_other_data(tmp_path, ragged):
-    flags = {"dataset": ragged, "save_every": 2}
-    train(tmp_path / "run", **flags)
-    with pytest.raises(UserError, match=r"--learning-rate was 0\.001, is 0\.1"):
-        train(tmp_path / "run", resume=True, learning_rate=0.1, **flags)
-    torch.distributed.destroy_process_group()
-    path = Path(ragged[0])
-    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    with pytest.raises(UserError, match="the rows of --dataset have changed"):
-        train(tmp_path / "run", resume=True, **flags)
-
-
-@pytest.mark.parametrize("bad", [1, 3])
-def test_a_non_finite_loss_stops_before_the_update_and_names_the_rows(tmp_path, ragged, monkeypatch, bad):
-    real, calls, updates, step = sft.sft_loss, [], [], torch.optim.AdamW.step
-
-    def poisoned(*args):
-        calls.append(1)
-        return real(*args) * (float("nan") if len(calls) == bad else 1.0)
-
-    monkeypatch.setattr(sft, "sft_loss", poisoned)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updates.append(1) or step(*args))
-    with pytest.raises(UserError, match=rf"step {bad}: the loss is nan.*row \d+ of .*ragged.jsonl"):
-        train(tmp_path / "run", dataset=ragged, save_every=1)
-    assert [row["step"] for row in read_metrics(tmp_path / "run")] == list(range(1, bad))
-    assert len(updates) == len(list((tmp_path / "run").glob("checkpoint-*"))) == bad - 1
+        assert_same_curve(found, expected, rtol=1e-3)
 
 
 # ---- Saved and loaded ----
@@ -355,9 +265,8 @@ def test_final_gives_the_logits_of_the_trained_policy(tmp_path, ragged, kind, mo
     assert (kept[0] - before).abs().max() > 0.01
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(MODEL).chat_template
-    assert json.loads((final / "generation_config.json").read_text())["eos_token_id"] == [
-        tokenizer.eos_token_id
-    ]
+    generation = json.loads((final / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [tokenizer.eos_token_id]
 
 
 def test_the_generation_config_gets_the_stop_tokens_and_is_made_valid(tmp_path, ragged):
@@ -387,12 +296,8 @@ def test_four_bit_base(tmp_path, ragged):
 
     flags = {"dataset": ragged, "lora_rank": 8, "learning_rate": 3e-3, "max_steps": 6, "save_every": 3}
     found = train(tmp_path / "run", load_in_4bit=True, **flags)
-    nf4 = {
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": torch.float32,
-    }
-    config = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, **nf4)
     model = AutoModelForCausalLM.from_pretrained(MODEL, quantization_config=config, dtype=torch.float32)
     plain = load_file(MODEL / "model.safetensors")
     for name, weight in model.named_parameters():
@@ -416,11 +321,9 @@ def test_the_output_directory_has_all_that_a_run_needs(tmp_path, ragged):
     assert (record["args"]["batch_size"], record["versions"]["torch"]) == (8, torch.__version__)
     for copied, source in (("script.py", "sft.py"), ("common.py", "common.py")):
         assert (tmp_path / "run" / copied).read_text() == (ROOT / source).read_text()
-    wandb_ids = {
-        path.name.split("-", 3)[3].removesuffix("-1")
-        for path in (tmp_path / "run" / "wandb").glob("offline-run-*")
-    }
-    assert len(wandb_ids) == 1, "a resumed run goes on in wandb, too"
+    names = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
+    ids = {name.split("-", 3)[3].removesuffix("-1") for name in names}
+    assert len(ids) == 1, "a resumed run goes on in wandb, too"
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--batch-size", "0", "--lora-alpha", "8"]])
@@ -452,21 +355,19 @@ def test_help_and_refused_flags_are_quick_and_all_problems_come_at_once(flags):
 def test_default_run_learns_and_its_model_answers(tmp_path):
     """No flags: at most two minutes, from about half of the held-out sums to nine in ten. Then final/ answers by itself."""
     began = time.time()
-    result = run("sft.py", "--output-dir", tmp_path / "run", timeout=600)
-    assert result.returncode == 0, result.stderr[-6000:]
+    rows = conftest.run_well("sft.py", tmp_path / "run", timeout=600)
     assert time.time() - began < 120 * float(os.environ.get("TIME_FACTOR", 1))
-    evals = [row["eval/exact_match"] for row in read_metrics(tmp_path / "run") if "eval/exact_match" in row]
+    evals = [row["eval/exact_match"] for row in rows if "eval/exact_match" in row]
     assert 0.35 < evals[0] < 0.65
     assert evals[-1] >= 0.9
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "final")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     right, options = 0, {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    for line in (ASSETS / "messages_eval.jsonl").read_text().splitlines()[:100]:
-        question, answer = json.loads(line)["messages"]
+    for row in read_rows(ASSETS / "messages_eval.jsonl")[:100]:
+        question, answer = row["messages"]
         inputs = tokenizer.apply_chat_template([question], **options)
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
-            0, inputs["input_ids"].shape[1] :
-        ]
+        (output,) = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+        output = output[inputs["input_ids"].shape[1] :]
         assert output[-1] == tokenizer.eos_token_id, "generation does not stop at the end of the turn"
         right += tokenizer.decode(output, skip_special_tokens=True) == answer["content"]
     assert right >= 85

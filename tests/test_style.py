@@ -16,9 +16,9 @@ LIMITS = {
     "gkd.py": (1000, 200, 48),
     "grpo.py": (1260, 240, 66),
     "async_grpo.py": (1500, 260, 68),
-    "common.py": (2255, 0, 0),  # on its way to 2,000
+    "common.py": (2052, 0, 0),  # on its way to 2,000
 }
-ALL, TESTS, README_LINES, COLUMNS = 8431, 5796, 250, 110  # on their way to 8,000 and 5,500
+ALL, TESTS, README_LINES, COLUMNS = 8030, 5500, 250, 110
 README = (ROOT / "README.md").read_text()
 
 
