@@ -51,9 +51,6 @@ ROWS = {  # a row of a .jsonl file -> the message
     "prompt without completion": ({"prompt": "a", "completion": None}, r"the row has the columns \['completion', 'prompt'\]; it needs one of .*completion"),
     "completion is a number": ({"prompt": "a", "completion": 5}, r"`completion` is 5; it must be str \| list\[dict\]"),
     "text is a number": ({"text": 5}, r"`text` is 5; it must be str"),
-    "a control token in a text": ({"text": "a<|im_start|>b"}, r"the text contains <\|im_start\|>, which only the chat template may write; remove it"),
-    "the end in a prompt": ({"prompt": "a<|im_end|>b", "completion": "c"}, r"the text contains <\|im_end\|>, which"),
-    "the end within a completion": ({"completion": "b<|im_end|>c"}, r"the text contains <\|im_end\|>, which"),
     "half of a character": ("\ud800", r"the row is not JSON: .*surrogates not allowed"),
     "ids beyond the vocabulary": ({"input_ids": [1, 512]}, r"its ids are 1 to 512, the model has 512"),
     "ids below 0": ({"input_ids": [1, -7]}, r"its ids are -7 to 1, the model has 512"),
@@ -73,7 +70,6 @@ SIDES = {  # a row of preferences -> the message
     "one side": ({"prompt": "a", "chosen": "b"}, r"the row has the columns \['chosen', 'prompt'\]; it needs chosen and rejected, or completions"),
     "a side is a number": ({"prompt": "a", "chosen": "b", "rejected": 3}, r"`rejected` is 3; it must be str \| list\[dict\]"),
     "sides without a prompt": ({"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, r"each side must begin with the assistant's reply"),
-    "a control token in a side": ({"prompt": "a", "chosen": "b<|im_start|>", "rejected": "c"}, r"the text contains <\|im_start\|>, which"),
     "sides begin with the user": ({"prompt": ASKED, "chosen": GOOD["messages"], "rejected": [*ASKED, *ASKED]}, r"each side must begin with the assistant's reply to `prompt`"),
     "nothing of the assistant": ({"prompt": ASKED, "chosen": [{**GOOD["messages"][1], "weight": 0}], "rejected": "c"}, r"dropped: 1 nothing to train"),
     "margin is text": ({"chosen": "a", "rejected": "b", "margin": "much"}, r"`margin` is \"much\"; it must be float"),
@@ -88,7 +84,6 @@ ASKS = {  # a row of prompts -> the message
     "no prompt": ({"question": "a"}, r"the row has the columns \['question'\]; it needs a prompt"),
     "an empty prompt": ({"prompt": ""}, r"it needs a prompt, not empty"),
     "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message; remove it"),
-    "the end at a prompt's end": ({"prompt": "a<|im_end|>"}, r"the text contains <\|im_end\|>, which"),
     "a prompt is a number": ({"prompt": 5}, r"`prompt` is 5; it must be str \| list\[dict\]"),
 }  # fmt: skip
 CASES = [(SFT, *case) for case in ROWS.items()] + [(PAIRS, *case) for case in SIDES.items()] + [(PROMPTS, *case) for case in ASKS.items()]  # fmt: skip

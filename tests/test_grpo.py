@@ -474,13 +474,13 @@ def test_a_lost_engine_stops_the_run_with_a_checkpoint(tmp_path, monkeypatch):
 # fmt: off
 BAD_FLAGS = {
     "indivisible": ({"batch_size": 18}, "--batch-size: take a multiple of --num-generations"),
-    "vespo by sequence": ({"loss_type": "vespo"}, "vespo: add --importance-sampling-mode token_mask"),
+    "vespo by sequence": ({"loss_type": "vespo"}, "vespo needs --importance-sampling-mode token_mask"),
     "estimator without beta": ({"kl_estimator": "k2"}, "--kl-estimator has no effect without --beta"),
     "delta below": ({"delta": 1.1}, r"--delta must be above 1 \+ epsilon, 1.2"),
     "weights": ({"reward_weights": (1.0, 2.0)}, "--reward-weights: give one for each reward"),
     "cispo's bound": ({"loss_type": "cispo", "epsilon_high": 0.28}, "--epsilon-high is cispo's largest weight"),
     "gdpo": ({"baseline": "gdpo", "scale_rewards": "none"}, "--scale-rewards has no effect without --baseline group or leave_one_out or batch"),
-    "no environment": ({"rewards": ("environment",)}, "--rewards environment needs an --environment"),
+    "no environment": ({"rewards": ("environment",)}, "environment needs --environment with get_reward"),
     "all at once": ({"batch_size": 18, "delta": 1.1}, r"(?s)--batch-size.*--delta"),
 }
 # fmt: on

@@ -179,7 +179,7 @@ def test_score_says_what_is_wrong_with_a_row(tmp_path, ragged):
     assert [isinstance(row["score"], float) for row in scored] == [True, False, True, False]
     assert scored[1]["problem"]
     assert "longer than" in scored[3]["problem"]
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UserError, match="is there already"):
         score(tmp_path / "scored", tmp_path / "run" / "final", rows)
     with pytest.raises(UserError, match="no model with one label"):
         score(tmp_path / "policy", ASSETS / "model", rows)

@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 from tokenizers.processors import ByteLevel, TemplateProcessing
 
 import common
+import gkd
 from common import UserError, encode_preference, encode_prompt, encode_sft, load_tokenizer, mark_trained
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
@@ -204,6 +205,7 @@ MARKED = {  # row, --loss-on, its text with what is trained between [[ and ]]
     "assistant, also in the prompt": ({"prompt": TWO[:3], "completion": TWO[3:]}, "assistant", f"{Q}[[One.{IM}]]\n{Q.replace('a<', 'b<')}[[Two.{IM}]]\n"),
     "text, then messages": ({"prompt": "a", "completion": TWO[1:2]}, "auto", f"{Q}[[One.{IM}]]\n"),
     "text": ({"text": "xyz"}, "auto", f"x[[yz{IM}]]"),
+    "a rendered chat": ({"text": f"<|im_start|>user\na{IM}\n<|im_start|>assistant\nb{IM}"}, "auto", f"<|im_start|>[[user\na{IM}\n<|im_start|>assistant\nb{IM}]]"),
     "documents in one text": ({"text": f"xyz{IM}abc"}, "auto", f"x[[yz{IM}abc{IM}]]"),
     "prompt and completion as text": ({"prompt": "Q: a A:", "completion": " b"}, "auto", f"Q: a A:[[ b{IM}]]"),
     "a completion alone": ({"completion": "bc"}, "auto", f"b[[c{IM}]]"),
@@ -283,7 +285,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "an empty side": (encode_preference, {**ASKED, "rejected": ""}, "an empty side"),
     "ties": (functools.partial(encode_preference, rankings=True), {"completions": ["a", "b"], "scores": [1, 1]}, "all completions tie"),
     "a long prompt": (encode_prompt, {"prompt": "7" * 100}, "longer than the 50 tokens left for a prompt"),
-    "no prompt": (functools.partial(common.encode_distillation, room=10), {"text": "abc"}, "without a prompt of 2 to 10 tokens"),
+    "no prompt": (functools.partial(gkd.encode_distillation, room=10), {"text": "abc"}, "without a prompt of 2 to 10 tokens"),
 }  # fmt: skip
 
 
@@ -321,15 +323,15 @@ DISTILLED = {  # row -> what stands before its last answer
 @pytest.mark.parametrize("name", DISTILLED)
 def test_distillation_gives_the_row_and_the_prompt_of_its_last_answer(name):
     row, prompt = DISTILLED[name]
-    found, expected = common.encode_distillation(row, EMBEDDED, room=40), encode_sft(row, EMBEDDED)
+    found, expected = gkd.encode_distillation(row, EMBEDDED, room=40), encode_sft(row, EMBEDDED)
     assert EMBEDDED.decode(found.pop("prompt_ids")) == prompt
     assert found == expected
-    assert common.encode_distillation(row, EMBEDDED)["prompt_ids"] == []
+    assert gkd.encode_distillation(row, EMBEDDED)["prompt_ids"] == []
     if "prompt" in row:  # without an answer of the row's own
-        alone = common.encode_distillation({"prompt": row["prompt"]}, EMBEDDED, room=40, use_answer=False)
+        alone = gkd.encode_distillation({"prompt": row["prompt"]}, EMBEDDED, room=40, use_answer=False)
         assert EMBEDDED.decode(alone["input_ids"]) == EMBEDDED.decode(alone["prompt_ids"]) == prompt
         assert alone["stop_id"] == (-1 if prompt == "Q:" else END[0])
-        assert alone.keys() == common.DISTILLATION_FEATURES.keys()
+        assert alone.keys() == gkd.FEATURES.keys()
 
 
 # ---- Datasets ------------------------------------------------------------------------------------------------------
@@ -462,4 +464,4 @@ def test_batches_are_cut_evenly_and_rows_hold_shared_prompts_once():
     assert batch.inputs["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6]]
     assert batch.inputs["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
     assert (batch.positions_N.tolist(), batch.labels_N.tolist()) == ([1, 2, 1, 4], [3, 4, 5, 6])
-    assert (batch.documents_N.tolist(), batch.last_B.tolist(), batch.num_tokens) == ([0, 0, 1, 1], [3, 5], 6)
+    assert (batch.documents_N.tolist(), batch.last_B.tolist()) == ([0, 0, 1, 1], [3, 5])
