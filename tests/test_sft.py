@@ -270,15 +270,15 @@ def test_final_gives_the_logits_of_the_trained_policy(tmp_path, ragged, kind, mo
 
 
 def test_the_generation_config_gets_the_stop_tokens_and_is_made_valid(tmp_path, ragged):
-    """The model has another EOS than the chat template's, and a temperature without sampling, as older ones do."""
+    """The model has another EOS than the chat template's, and settings of sampling and beams without these."""
     shutil.copytree(MODEL, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
-    changed = {"do_sample": False, "temperature": 0.6, "eos_token_id": 0}
+    changed = {"do_sample": False, "temperature": 0.6, "early_stopping": True, "eos_token_id": 0}
     path.write_text(json.dumps(json.loads(path.read_text()) | changed))
     train(tmp_path / "run", dataset=ragged, model=str(tmp_path / "model"), max_steps=1)
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final").generation_config
     end = AutoTokenizer.from_pretrained(MODEL).convert_tokens_to_ids("<|im_end|>")
-    assert final.eos_token_id == [0, end]
+    assert (final.eos_token_id, final.temperature, final.early_stopping) == ([0, end], None, None)
 
 
 # ---- Modes ----
