@@ -70,7 +70,7 @@ SIDES = {  # a row of preferences -> the message
     "one side": ({"prompt": "a", "chosen": "b"}, r"the row has the columns \['chosen', 'prompt'\]; it needs chosen and rejected, or completions"),
     "a side is a number": ({"prompt": "a", "chosen": "b", "rejected": 3}, r"`rejected` is 3; it must be str \| list\[dict\]"),
     "sides without a prompt": ({"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, r"each side must begin with the assistant's trained reply"),
-    "sides begin with the user": ({"prompt": ASKED, "chosen": GOOD["messages"], "rejected": [*ASKED, *ASKED]}, r"each side must begin with the assistant's trained reply to `prompt`"),
+    "sides begin with the user": ({"prompt": ASKED, "chosen": GOOD["messages"], "rejected": [*ASKED, *ASKED]}, r"each side must begin with the assistant's trained reply to the prompt"),
     "nothing of the assistant": ({"prompt": ASKED, "chosen": [{**GOOD["messages"][1], "weight": 0}], "rejected": "c"}, r"each side must begin with the assistant's trained reply"),
     "margin is text": ({"chosen": "a", "rejected": "b", "margin": "much"}, r"`margin` is \"much\"; it must be float"),
     "margin is infinite": ({"chosen": "a", "rejected": "b", "margin": float("inf")}, r"`margin` is Infinity; it must be float"),
