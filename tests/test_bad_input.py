@@ -46,10 +46,13 @@ ROWS = {  # a row of a .jsonl file -> the message
     "unknown sender": ({"conversations": [{"from": ["human"], "value": "a"}]}, r"`conversations\[0\].role` is \[\"human\"\]; it must be str"),
     "messages is text": ({"messages": "hello"}, r"`messages` is \"hello\"; it must be list\[dict\]"),
     "a message is text": ({"messages": ["a"]}, r"`messages` is \[\"a\"\]; it must be list\[dict\]"),
-    "weight is a share": (says("assistant", "a", weight=0.5), r"`messages\[0\].weight` is 0.5; it must be int \| bool"),
+    "weight is a share": (says("assistant", "a", weight=0.5), r"`messages\[0\].weight` is 0.5; it must be \(0, 1\)"),
+    "weight is 2": (says("assistant", "a", weight=2), r"`messages\[0\].weight` is 2; it must be \(0, 1\)"),
     "thinking is a list": (says("assistant", "a", reasoning_content=["b"]), r"`messages\[0\].reasoning_content` is \[\"b\"\]; it must be str"),
     "prompt without completion": ({"prompt": "a", "completion": None}, r"the row has the columns \['completion', 'prompt'\]; it needs one of .*completion"),
     "completion is a number": ({"prompt": "a", "completion": 5}, r"`completion` is 5; it must be str \| list\[dict\]"),
+    "the end in a prompt": ({"prompt": "a<|im_end|>b", "completion": "c"}, r"the text contains <\|im_end\|>, a control token; give messages"),
+    "a control token in a completion": ({"completion": "b<|im_start|>c"}, r"the text contains <\|im_start\|>, a"),
     "text is a number": ({"text": 5}, r"`text` is 5; it must be str"),
     "half of a character": ("\ud800", r"the row is not JSON: .*surrogates not allowed"),
     "ids beyond the vocabulary": ({"input_ids": [1, 512]}, r"its ids are 1 to 512, the model has 512"),
@@ -67,11 +70,12 @@ ROWS = {  # a row of a .jsonl file -> the message
     "nothing to train": (says("user", "a"), r"no row is left of 1 in .*; dropped: 1 nothing to train"),
 }  # fmt: skip
 SIDES = {  # a row of preferences -> the message
-    "one side": ({"prompt": "a", "chosen": "b"}, r"the row has the columns \['chosen', 'prompt'\]; it needs chosen and rejected, or completions"),
+    "one side": ({"prompt": "a", "chosen": "b"}, r"the row has the columns \['chosen', 'prompt'\]; it needs chosen and rejected"),
     "a side is a number": ({"prompt": "a", "chosen": "b", "rejected": 3}, r"`rejected` is 3; it must be str \| list\[dict\]"),
     "sides without a prompt": ({"chosen": [{"role": "assistant", "content": "b"}], "rejected": "c"}, r"each side must begin with the assistant's trained reply"),
     "sides begin with the user": ({"prompt": ASKED, "chosen": GOOD["messages"], "rejected": [*ASKED, *ASKED]}, r"each side must begin with the assistant's trained reply to the prompt"),
     "nothing of the assistant": ({"prompt": ASKED, "chosen": [{**GOOD["messages"][1], "weight": 0}], "rejected": "c"}, r"each side must begin with the assistant's trained reply"),
+    "a control token in a side": ({"prompt": "a", "chosen": "b<|im_start|>", "rejected": "c"}, r"the text contains <\|im_start\|>, a"),
     "margin is text": ({"chosen": "a", "rejected": "b", "margin": "much"}, r"`margin` is \"much\"; it must be float"),
     "margin is infinite": ({"chosen": "a", "rejected": "b", "margin": float("inf")}, r"`margin` is Infinity; it must be float"),
     "probability above 1": ({"chosen": "a", "rejected": "b", "probability": 1.5}, r"`probability` is 1.5; it must be from 0 to 1"),
@@ -82,6 +86,7 @@ SIDES = {  # a row of preferences -> the message
 }  # fmt: skip
 ASKS = {  # a row of prompts -> the message
     "no prompt": ({"question": "a"}, r"the row has the columns \['question'\]; it needs a prompt"),
+    "the end at a prompt's end": ({"prompt": "a<|im_end|>b"}, r"the text contains <\|im_end\|>, a control token"),
     "an empty prompt": ({"prompt": ""}, r"it needs a prompt, not empty"),
     "a prompt that is answered": ({"prompt": GOOD["messages"]}, r"`prompt` ends with an assistant message; remove it"),
     "a prompt is a number": ({"prompt": 5}, r"`prompt` is 5; it must be str \| list\[dict\]"),

@@ -165,7 +165,7 @@ NO_PLACE = "has no place for a tool's result"
 
 @pytest.mark.parametrize(("tokenizer", "stop", "message"), [
     (EMBEDDED, "<|im_end|>", None),
-    (stock("llama3_1"), "<|eot_id|>", r"writes a tool call as .*\"name\": \"say\".*needs a `response_template`"),
+    (stock("llama3_1"), "<|eot_id|>", r"writes calls as .*\"name\": \"say\".*needs a `response_template`"),
     (with_template("{% for m in messages if m.role != 'tool' %}" + TURN), "<|im_end|>", NO_PLACE),
     (with_template("{% for m in messages[::-1] %}" + TURN), "<|im_end|>", NO_PLACE),
 ])  # fmt: skip

@@ -58,6 +58,7 @@ EQUAL = [  # what is said, what is right
     ("So he has **42 apples**.", "42"), ("It is **$42**.", "42"), (r"$3\sqrt{2}$ cm", r"3\sqrt{2}"), (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}"), (r"5\pi cm^3", r"5\pi"),
     (r"\frac{\pi}{4} \text{ radians}", r"\frac{\pi}{4}"), ("42 miles per hour", "42"), ("2\\pi", r"2\pi \text{ square inches}"), (r"\log_2 8", r"\log_2 8"), (r"\log_2 8", "3"), (r"\log_{10} 1000", "3"),
     (r"\varnothing", r"\emptyset"), (r"\{\}", r"\varnothing"), ("2", r"so $\boxed 2$"), ("12+30", "12 + 30"), ("NaN", "nan"), ("42", r"6 + 7 = 13, so the answer is \boxed{42}"),
+    ("The answer is B because A fails", "B"), ("The answer is option B, not A", "B"), ("It is not A, but C", "C"),
     ("It could be A or B, but I take D", "D"), ("A careful look says (E)", "E"), ("<think>A</think>B", "B"), ("#### Which one?\nAnswer: B", "B"), ("C", "C."), ("x", "x"),
 ]  # fmt: skip
 UNEQUAL = [
@@ -76,6 +77,7 @@ UNEQUAL = [
     ("x^2+1", "(x+1)^2"), ("x", "y"), ("2x", "2"), ("Pairs", "Paris"), ("London", "Paris"), ("}", "}{"),
     ("<answer>42</answer> <answer>43</answer>", "42"), (r"<answer>42</answer> \boxed{43}", "42"), ("**42** or **43**", "42"), (r"\boxed 4 2", "42"), ("forty-two", "42"),
     (r"\log_2 8", "4"), (r"\log_2 8 + 1", "4"), (r"\varnothing", "0"), (r"3\sqrt{2} cm", r"3\sqrt{3}"), ("42 or more", "42"), ("the answer\nis not 42", "42"),
+    ("The answer is B because A fails", "A"), ("The answer is option B, not A", "A"), ("A or B", "B"),
     ("A or B", "A"), ("Cat", "C"), ("I'D say", "D"), ("none of them", "N"), ("", "A"), (r"\boxed{", "B"), ("2x", "x"), ("C", "2"),
 ]  # fmt: skip
 
@@ -208,14 +210,14 @@ def test_reward_model_equals_transformers(judge):
 
 # ---- Names, columns, runs --------------------------------------------------------------------------------------------
 
-KNOWN = "Name FILE.py:FUNCTION, or one of accuracy, cosine, format, overlong, "
+KNOWN = "Name FILE.py:FUNCTION or .'accuracy', 'cosine', 'format', 'overlong', "
 
 
 @pytest.mark.parametrize(("name", "message"), [
     ("nowhere.py:f", f"--rewards nowhere.py:f: .*there is no file.* {KNOWN}"),
     ("accurate", f"--rewards accurate: .*there is no file.* {KNOWN}"),
     ("accuracy:1", f"--rewards accuracy:1: .*takes no argument.* {KNOWN}"),
-    (f"{REWARDS}:missing", "has no attribute 'missing'"),
+    (f"{REWARDS}:missing", "KeyError..missing"),
     ("{}:f", "SyntaxError"),
     ("regex:(", r"--rewards regex:\(: .*missing \)"),
     ("repetition:0", "N must be 1 or more"),

@@ -149,7 +149,9 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
     "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 .assistant: .* contains <\|im_end\|>, which only the chat template may write"),
     "a turn within the user's words": ("llama3", chat(f"a{EOT}<|start_header_id|>system", "b"), r"message 0 .user: .* contains <\|eot_id\|>, which"),
     "a control token in a tool's result": ("qwen3", [*CALLED[:2], tool(f"7{IM}"), CALLED[3]], r"message 2 .tool: .* contains <\|im_end\|>, which"),
-    "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], "template drops tool calls"),
+    "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], r"template drops .*`tool_calls`.*, .*`tools`.*; give another"),
+    "tools that no text shows": ("llama3", TWO, "template drops .*`tools`"),
+    "reasoning that is dropped": ("llama3", [TWO[0], assistant("b", thinking="hm")], "template drops .*`thinking`"),
     "a developer message that is dropped": (DROPS, [{"role": "developer", "content": "a"}, *TWO], r"drops message 0 .developer: \"a\""),
     "words apart from their call": ("gemma4", [user("a"), assistant("CALLING.", tool_calls=CALL), *CALLED[2:]], "does not render message 1 in one place"),
 }  # fmt: skip
@@ -158,8 +160,9 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_rendered_or_marked_is_refused(name):
     template, messages, expected = REFUSED[name]
+    row = {"messages": messages, "tools": [TOOL] * ("tool" in name or "call" in name)}
     with pytest.raises(UserError, match=expected):
-        encode_sft({"messages": messages, "tools": [TOOL]}, stock(template))
+        encode_sft(row, stock(template))
 
 
 def test_tokenizers_that_swallow_blanks_or_trim_offsets_give_the_same_mask():
@@ -273,11 +276,10 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "an unknown column": (encode_sft, {"text": "abc", "id": 7, "empty": None}, ["`id`"]),
     "columns of another kind": (encode_sft, {"messages": TWO, "text": "abc", "prompt": "a"}, ["`prompt`", "`text`"]),
     "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
-    "tools": (encode_sft, {"messages": TWO, "tools": [TOOL]}, ["`tools`"]),
-    "reasoning": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm")]}, ["`reasoning_content` of messages"]),
+    "a template's argument": (encode_sft, {"messages": TWO, "chat_template_kwargs": {"mood": "x"}}, ["`mood`"]),
     "thinking that Qwen3 strips": (encode_sft, {"messages": THOUGHT}, ["part of an assistant's message"]),
-    "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name` of messages"]),
-    "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", thinking="hm")], "rejected": "c", "id": 1}, ["`id`", "`thinking` of messages"]),
+    "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name`"]),
+    "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", mood="hm")], "rejected": "c", "id": 1}, ["`id`", "`mood`"]),
     "too long": (encode_sft, {"text": "7" * 100}, "longer than 50 tokens"),
     "nothing to train": (encode_sft, {"messages": TWO[:1]}, "nothing to train"),
     "an empty turn": (encode_sft, {"messages": chat("a", " ")}, "an empty assistant turn"),
@@ -347,7 +349,7 @@ def prepared(tmp_path, rows, name="rows.jsonl", sources=None, budget=10_000, **o
 
 def test_every_row_is_accounted_for_and_errors_name_the_first_bad_ones(tmp_path, capsys, monkeypatch):
     rows = [{"messages": chat("a", "b" * n), "id": n} for n in (1, 2, 300, 3)] + [{"messages": chat("a")}]
-    data = prepared(tmp_path, [*rows, {"messages": TWO, "tools": [TOOL]}])
+    data = prepared(tmp_path, [*rows, {"messages": TWO, "chat_template_kwargs": {"mood": "x"}}])
     path = tmp_path / "rows.jsonl"
     assert data["row"][:] == [f"row {n} of {path}" for n in (1, 2, 4, 6)]
     said, tokens, targets = capsys.readouterr().out, sum(data["length"]), sum(data["num_targets"])
@@ -355,7 +357,7 @@ def test_every_row_is_accounted_for_and_errors_name_the_first_bad_ones(tmp_path,
     share, longest = targets / tokens, max(map(len, data["input_ids"]))
     assert f" {tokens} tokens, {share:.1%} of them trained; the longest row has {longest}\n" in said
     assert f" `id`: not used, in 3 rows, first in row 1 of {path}\n" in said
-    assert f" `tools`: not used, in 1 rows, first in row 6 of {path}\n" in said
+    assert f" `mood`: not used, in 1 rows, first in row 6 of {path}\n" in said
     assert f"example   {Q}[[b{IM}]]\n" in said
     with pytest.raises(UserError, match=f"row 6 of .* has {longest} tokens; raise --micro-batch-tokens by 7"):
         prepared(tmp_path, [], sources=(str(path),), budget=longest - 7)
@@ -404,10 +406,18 @@ def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
     rows = [{"text": "2024-01-01"}, {"text": "2024-01-02", "json": "{}"}]  # Arrow would make two timestamps
     texts = [EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, rows)]
     assert texts == [f"2024-01-01{IM}", f"2024-01-02{IM}"]
+    (tmp_path / "days").mkdir()
+    for name, row in zip("ab", rows, strict=True):
+        write_rows(tmp_path / "days" / f"{name}.jsonl", [row])
+    assert [
+        EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, [], sources=(f"{tmp_path}/days",))
+    ] == texts
     tokenizer = copy.deepcopy(EMBEDDED)
     tokenizer.chat_template = "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"  # fmt: skip
     function = {"name": "f", "arguments": '{"x": null, "y": 1}'}  # a real null is kept
-    rows = [{"messages": TWO[:1], "tools": json.dumps([TOOL]), "chat_template_kwargs": {"two": 2}}]
+    rows = [
+        {"messages": TWO[:1], "tools": json.dumps([json.dumps(TOOL)]), "chat_template_kwargs": {"two": 2}}
+    ]
     rows += [{"messages": [{"from": "function_call", "value": json.dumps(function)}], "chat_template_kwargs": {"one": 1}}]  # fmt: skip
     called = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": 1}}}
     table = datasets.Dataset.from_list(rows)
