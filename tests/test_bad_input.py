@@ -169,6 +169,7 @@ FLAGS = {  # flags -> the message
     "no such model": ({"model": "./nowhere"}, r"\./nowhere"),
     "no such template": ({"chat_template": "nowhere.jinja"}, r"No such file or directory: 'nowhere.jinja'"),
     "batch size 0": ({"batch_size": 0}, r"--batch-size is 0; it must be from 1 to inf"),
+    "learning rate infinite": ({"learning_rate": float("inf")}, r"--learning-rate is inf; it must be from 0 to inf"),
     "learning rate not a number": ({"learning_rate": float("nan")}, r"--learning-rate is nan; it must be from 0 to inf"),
     "beta above 1": ({"adam_beta2": 1.5}, r"--adam-beta2 is 1.5; it must be from 0 to"),
     "two at once": ({"weight_decay": -1.0, "seed": -1}, r"(?s)--weight-decay is -1.0.*--seed is -1"),

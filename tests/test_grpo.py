@@ -439,6 +439,8 @@ def test_evaluation_by_samples_and_failing_rewards(tmp_path):
         train(tmp_path / "raises", rewards=(f"{path}:raises", "accuracy", f"{path}:broken"), **flags)
     assert "NaN" not in (tmp_path / "raises" / "metrics.jsonl").read_text()
     assert read_metrics(tmp_path / "raises")[0]["eval/failed_rewards"] == 18  # though two rewards failed
+    with pytest.raises(UserError, match="step 1: 16 of 16 rewards failed: None from every reward"):
+        train(tmp_path / "silent", rewards=(f"{path}:never",), **flags)
 
 
 # ---- A lost engine ---------------------------------------------------------------------------------------------------
