@@ -82,6 +82,18 @@ UNEQUAL = [
 ]  # fmt: skip
 
 
+def test_choices_are_letters_or_indices_from_0():
+    cases = {
+        ("J", "The answer is J."): 1.0,
+        (2, "C"): 1.0,
+        ("2", "(C) 12"): 1.0,
+        (0, "B"): 0.0,
+        (None, "A"): None,
+    }
+    for (gold, said), expected in cases.items():
+        assert common.choice([said], answer=[gold]) == [expected]
+
+
 @pytest.mark.parametrize(("said", "gold"), EQUAL)
 def test_answers_that_are_right(said, gold):
     assert accuracy([said], answer=[gold]) == accuracy(messages(said), solution=[gold]) == [1.0]
@@ -210,7 +222,7 @@ def test_reward_model_equals_transformers(judge):
 
 # ---- Names, columns, runs --------------------------------------------------------------------------------------------
 
-KNOWN = "Name FILE.py:FUNCTION or .'accuracy', 'cosine', 'format', 'overlong', "
+KNOWN = "Name FILE.py:FUNCTION or .'accuracy', 'choice', 'cosine', 'format', "
 
 
 @pytest.mark.parametrize(("name", "message"), [
@@ -236,7 +248,7 @@ def test_rewards_that_do_not_exist_are_refused(tmp_path, name, message):
 
 GOLDS = ["42", 42, 0, r"$\boxed 2$", "so\n#### 42", "J", float("nan"), "12 + 30"]
 GOLDS += ["", None, {"a": 1}, ["42"], r"\boxed{4"]  # five that no answer agrees with
-NONE = "rows have no right answer for accuracy and cosine, for example"
+NONE = "rows have no right answer for rewards to find, for example"
 
 
 @pytest.mark.parametrize(("names", "rows", "message"), [
