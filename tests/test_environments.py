@@ -277,7 +277,7 @@ def test_a_process_in_which_a_call_hangs_or_that_dies_is_replaced(how):
 
 @pytest.mark.parametrize(("name", "message"), [
     ("nowhere.py:A", "there is no file"),
-    ("echo.py:Nothing", "has no attribute 'Nothing'"),
+    ("echo.py:Nothing", r"KeyError..Nothing"),
     ("echo.py:NoReset", "it needs a method `reset`"),
     ("echo.py:NoTools", "and a public one that is a tool"),
     ("echo.py:NoHints", "Argument x is missing a type hint"),
