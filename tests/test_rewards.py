@@ -326,6 +326,14 @@ def test_rewards_that_fail_cost_only_the_samples_to_blame():
         assert worker.process.pid != process
 
 
+def test_workers_have_no_cuda_nor_libraries_that_initialize_it(tmp_path):
+    """bitsandbytes, which peft imports, would: then no process that is forked from that one could use CUDA."""
+    code = "import sys, torch\ndef f(completions, **_):\n    found = {'peft', 'bitsandbytes', 'vllm'} & {*sys.modules}\n"
+    (tmp_path / "r.py").write_text(f"{code}    return [float(torch.cuda.is_initialized() or bool(found))]\n")
+    with judging(f"{tmp_path}/r.py:f") as worker:
+        assert judged(worker, ["x"]) == ([[0.0]], [""])
+
+
 def test_a_reward_that_always_hangs_ends_soon():
     with judging(f"{REWARDS}:hangs", timeout=0.05) as worker:
         began = time.perf_counter()

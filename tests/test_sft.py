@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import conftest
 import pytest
@@ -324,6 +325,19 @@ def test_the_output_directory_has_all_that_a_run_needs(tmp_path, ragged):
     names = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     ids = {name.split("-", 3)[3].removesuffix("-1") for name in names}
     assert len(ids) == 1, "a resumed run goes on in wandb, too"
+
+
+def test_names_of_wandb_are_the_environments_and_adapters_name_their_base_by_its_whole_path(
+    tmp_path, ragged, monkeypatch
+):
+    monkeypatch.setattr("wandb.init", init := Mock())
+    for name, value in {"PROJECT": "mine", "NAME": "first"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.chdir(MODEL.parent)
+    train(tmp_path / "run", dataset=ragged, wandb="offline", model=MODEL.name, lora_rank=2, max_steps=1)
+    assert (init.call_args.kwargs["project"], init.call_args.kwargs["name"]) == ("mine", "first")
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(MODEL.resolve())
 
 
 @pytest.mark.parametrize("flags", [["--help"], ["--batch-size", "0", "--lora-alpha", "8"]])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -98,6 +99,25 @@ def test_every_sampling_setting_and_a_seed_are_given(scripted):
     engine = engine_at(scripted.url)
     engine.newest, scripted.answers["inference/v1/generate"] = 4, {"choices": [choice("34")]}
     assert ask(engine)[0][0].versions == [3, 4]  # new weights came meanwhile
+
+
+@pytest.mark.parametrize(("visible", "expected"), [("3,5", "5"), ("GPU-a,GPU-b", "GPU-b"), (None, "1")])
+def test_a_server_gets_the_gpu_of_its_rank_and_nothing_of_torchrun(tmp_path, monkeypatch, visible, expected):
+    monkeypatch.setattr(common.subprocess, "Popen", Popen := Mock())
+    ours = {
+        "CUDA_VISIBLE_DEVICES": visible,
+        "RANK": "1",
+        "MASTER_ADDR": "here",
+        "PYTORCH_CUDA_ALLOC_CONF": "x",
+        "PATH": "p",
+    }
+    for name, value in ours.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    common.start_server("A=1 python -m vllm --model m", tmp_path / "log", torch.device("cuda", 1))
+    (words,), options = Popen.call_args
+    assert words[:2] + words[3:] == ["env", "A=1", "-m", "vllm", "--model", "m"]
+    assert options["env"]["CUDA_VISIBLE_DEVICES"] == expected
+    assert not {"RANK", "MASTER_ADDR", "PYTORCH_CUDA_ALLOC_CONF"} & options["env"].keys()
 
 
 @pytest.mark.parametrize(("reply", "problem"), [
