@@ -19,9 +19,6 @@ ASSETS = ROOT / "tests" / "assets"
 sys.path[:0] = [str(ROOT), str(ASSETS)]
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"}
 os.environ["OMP_NUM_THREADS"] = "1"
-# It imports transformers, which reads the environment.
-import common  # noqa: E402
-
 SHORT = {"eval_dataset": (), "wandb": "disabled", "batch_size": 8, "max_steps": 3}  # a run for a test
 # How the names of metrics begin that depend on the clock.
 TIMES = ("tokens_per_second", "step_seconds", "generate_seconds", "perf/", "sample/", "utilisation/")
@@ -50,6 +47,8 @@ def no_process_group_left():
 
 def embedded_model(script, window=None):
     """The embedded model with the script's token_stats, and attention that keeps packed documents apart."""
+    import common  # only here: it imports transformers, which reads the environment
+
     common.register_attention()
     options = {"attn_implementation": "varlen"}
     model = common.transformers.AutoModelForCausalLM.from_pretrained(ASSETS / "model", **options)

@@ -73,6 +73,14 @@ def test_judge_leaves_out_what_teaches_nothing_after_the_statistics():
     assert len(grpo.judge(groups, replace(args, zero_variance="keep"))) == 8
 
 
+def test_groups_have_a_signal_where_their_advantages_differ():
+    """gdpo scales each reward by itself, so that it tells [1, 0, 0] and [0, .5, .5], of one sum, apart."""
+    groups = groups_of([[[1, 0, 0], [0, 0.5, 0.5]], [[1, 1, 1]] * 2])
+    args = grpo.Args(rewards=("a", "b", "c"))
+    assert grpo.have_signal(groups, args) == [False, False]
+    assert grpo.have_signal(groups, replace(args, baseline="gdpo")) == [True, False]
+
+
 def test_metrics_of_rewards_are_trls():
     """One group without any reward, one sample and one function without; std of the batch, and of a sample."""
     rewards = [[[1, None], [0, 2.0], [1, 1.0], [0, 3.0]], [[None, None]] * 4, [[1, 4.0]] * 3 + [[None, None]]]
