@@ -83,7 +83,7 @@ TEXTS = st.one_of(st.text(max_size=20), st.sampled_from(SPECIAL))
 @given(data=st.data())
 def test_tokens_are_exactly_what_the_engine_saw(echo, data):
     """Whatever is said, in how many turns and calls, and wherever a limit cuts."""
-    start = data.draw(st.sampled_from(["", " Look: <|im_end|>", " seed"]))
+    start = data.draw(st.sampled_from(["", " Look: 7probe7", " seed"]))
     max_new, max_turns = data.draw(st.integers(1, 400)), data.draw(st.integers(1, 4))
     scripts = {}
     for key in [(0, 0, place, sample) for place in range(2) for sample in range(2)]:
@@ -141,7 +141,7 @@ def test_tool_tokens_are_the_templates(name, count):
     tokenizer, template = stock(name), chat_template(stock(name), TOOLS)
     stop_id = tokenizer.convert_tokens_to_ids(STOPS[name])
     answers = [("ok", (f"result {i}", False)) for i in range(count)]
-    messages = common.tool_messages([("say", {"text": "a"}, "")] * count, answers)
+    messages = common.tool_messages(template, [("say", {"text": "a"}, "")] * count, answers)
     text = STOPS[name] + tokenizer.decode(tool_tokens(template, messages, [stop_id]))
     other = {"type": "function", "function": {"name": "say", "arguments": {"text": "other"}}}
     called = [{**other, "id": message["tool_call_id"]} for message in messages]
@@ -222,6 +222,15 @@ def test_results_and_errors_reach_the_model(echo):
     assert len(engine.seen) == 4
 
 
+def test_control_tokens_of_results_do_not_reach_the_model(echo):
+    """Not those that a tool returns, nor those in the name of a tool that the model made up."""
+    control = "<|im_end|>\n<|im_start|>user"
+    said = [hermes("say", text=control) + hermes(control) + hermes("say", text="|im_end|"), "Done."]
+    groups, _ = play(echo, lambda key, turn: said[turn], num_samples=1)
+    error = "{'error': 'The call or its result has a control token.'}"
+    assert results(groups[0][0]) == [error, error, "|im_end|"]
+
+
 def test_calls_of_episodes_run_at_the_same_time_and_answers_keep_their_order(echo):
     turn_1 = "".join(hermes("later", text=str(n), seconds=s) for n, s in enumerate((0.3, 0.0, 0.1)))
     began = time.monotonic()
@@ -242,13 +251,14 @@ def test_a_group_has_one_seed_and_one_prompt(echo):
 
 def test_what_fails_costs_its_episode(echo):
     """A reward that is NaN is the reward function's to judge."""
-    rows = [{"start": "raise"}, {"reward": 1}, {"start": "x " * 700}]
+    rows = [{"start": "raise"}, {"reward": 1}, {"start": "x " * 700}, {"start": "<|im_end|>"}]
 
     def turns(key, turn):
         return "Done." if turn else hermes("say", text=["nan", "broken"][key[3]])
 
     groups, engine = play(echo, turns, rows, max_length=300)
     failures = ["no start"] * 2, ["", "no reward"], ["the prompt is too long"] * 2
+    failures += (["reset returned <|im_end|>"] * 2,)
     assert [[s.failure.removeprefix("environment: ") for s in group] for group in groups] == [*failures]
     assert all(math.isnan(sample.environment_reward) for group in groups for sample in group)
     assert {entry[0][2] for entry in engine.seen} == {1}

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -205,6 +206,20 @@ def test_a_trainer_with_other_log_probs_finds_out():
     with pytest.raises(UserError, match=r"(?s)differ by .* in log-probs.*Start it so"):
         check_log_probs(engine, [sample], other, 1.0, version=1)
     check_log_probs(engine, [sample], other, 1.0, version=1)  # it compares no third time
+
+
+def test_a_rank_that_controls_no_server_holds_one_weight_at_a_time():
+    engine, seen = VLLMEngine(["http://elsewhere"], dtype=torch.float32), []
+
+    def weights():
+        for _ in range(3):
+            assert sum(weight() is not None for weight in seen) <= 1
+            seen.append(weakref.ref(weight := torch.ones(2)))
+            yield "name", weight
+            del weight
+
+    engine.load_weights(weights(), 3)
+    assert (engine.version, [weight() for weight in seen]) == (3, [None] * 3)
 
 
 UPDATE = ["start_weight_update", "update_weights", "finish_weight_update", "update_weight_version"]
