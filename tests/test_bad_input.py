@@ -187,9 +187,7 @@ FLAGS = {  # flags -> the message
 
 def message_of(tmp_path, **flags):
     """The message of sft.py. OSError: what the libraries raise for missing files, which scripts print alike."""
-    args = sft.Args(
-        output_dir=str(tmp_path / "run"), dataset=(EVAL,), eval_dataset=(), wandb="disabled", max_steps=1
-    )
+    args = sft.Args(output_dir=str(tmp_path / "run"), dataset=(EVAL,), eval_dataset=(), wandb="disabled", max_steps=1)  # fmt: skip
     with pytest.raises((UserError, OSError)) as error:
         sft.main(replace(args, **flags))
     assert not (tmp_path / "run").exists(), "something was written"

@@ -127,9 +127,7 @@ def test_what_is_not_finite_stops_the_run_before_the_update(tmp_path, monkeypatc
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: updates.append(1) or step(*args))
     norms = iter([1, math.nan])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * next(norms))
-    message = (
-        r"step 2: the loss is .*, the gradient norm nan; nothing was updated.*(row \d+ of|completions.jsonl)"
-    )
+    message = r"step 2: the loss is .*, the gradient norm nan; nothing was updated.*(row \d+ of|completions.jsonl)"  # fmt: skip
     with pytest.raises(UserError, match=message):
         train(script, tmp_path, **{**flags, "save_every": 1})
     assert len(updates) == 1

@@ -318,9 +318,7 @@ def test_two_ranks_and_other_micro_batches_give_the_same_curve(tmp_path):
     }
     flags |= {"loss_type": "grpo", "top_entropy_quantile": 0.5, "entropy_coef": 0.01, "max_steps": 5}
     flags |= {"eval_every": 0, "eval_dataset": (write_rows(tmp_path / "heldout.jsonl", EVAL_ROWS[:5]),)}
-    conftest.assert_two_ranks_train_as_one(
-        grpo, tmp_path, 1e-2, elsewhere={"micro_batch_tokens": 45}, **flags
-    )
+    conftest.assert_two_ranks_train_as_one(grpo, tmp_path, 1e-2, elsewhere={"micro_batch_tokens": 45}, **flags)  # fmt: skip
     texts = [[row["completion"] for row in read_completions(tmp_path / ranks)] for ranks in "12"]
     assert texts[0] == texts[1]
 

@@ -53,13 +53,13 @@ EQUAL = [  # what is said, what is right
     ("42", r"42\text{ cm}^2"), ("42", "42 dollars"), ("1.5 \u00d7 10^3", "1500"), ("Paris", "paris"), (r"\boxed{\text{Paris}}", "Paris"), ("The answer is blue  whale.", "Blue whale"), ("}{", "}{"),
     ("<think>x</think><answer> 42 </answer>", "42"), ("<answer>41</answer> no, <answer>42</answer>", "42"), ("it is **42**.", "42"), ("**Note** the result: **42** ", "42"),
     (r"So it is \boxed{2}.", r"our answer is $\boxed 2$."), (r"So it is \boxed{2}.", r"thus $\boxed{2}$."), (r"\boxed{\frac{\sqrt{2^{3}}}{2}}", r"\sqrt{2}"),
-    ("The answer is J.", "J"), ("(F) 12", "F"), ("(c)", "C"), ("C. Paris", "C"), ("C) A cat", "C"), (r"\boxed{\text{(C)}}", "C"), ("**Answer:** C, not B", "(c)"),
+    ("The answer is J.", "J"), ("(F) 12", "F"), ("(c)", "C"), ("C. Paris", "C"), ("C) A cat", "C"), (r"\boxed{\text{(C)}}", "C"), ("**Answer:** C, not B", "(c)"), ("C (not A)", "C"), ("C rather than A", "C"),
     ("### Answer\n42", "42"), ("## Final Answer\n\n$$42$$\n\nI hope it helps.", "42"), ("**Answer**\n42", "42"), ("<answer>The answer is 42.</answer>", "42"),
     ("So he has **42 apples**.", "42"), ("It is **$42**.", "42"), (r"$3\sqrt{2}$ cm", r"3\sqrt{2}"), (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}"), (r"5\pi cm^3", r"5\pi"),
     (r"\frac{\pi}{4} \text{ radians}", r"\frac{\pi}{4}"), ("42 miles per hour", "42"), ("2\\pi", r"2\pi \text{ square inches}"), (r"\log_2 8", r"\log_2 8"), (r"\log_2 8", "3"), (r"\log_{10} 1000", "3"),
     (r"\varnothing", r"\emptyset"), (r"\{\}", r"\varnothing"), ("2", r"so $\boxed 2$"), ("12+30", "12 + 30"), ("NaN", "nan"), ("42", r"6 + 7 = 13, so the answer is \boxed{42}"),
-    ("The answer is B because A fails", "B"), ("The answer is option B, not A", "B"), ("It is not A, but C", "C"),
-    ("It could be A or B, but I take D", "D"), ("A careful look says (E)", "E"), ("<think>A</think>B", "B"), ("#### Which one?\nAnswer: B", "B"), ("C", "C."), ("x", "x"),
+    ("The answer is B because A fails", "B"), ("The answer is option B, not A", "B"), ("C. Salt and water do not mix", "C"), ("The right one is C.", "C"), ("Answer 42", "42"), (r"\boxed{p - q}", "p-q"), ("b+a", "a+b"), ("p/q", r"\frac{p}{q}"),
+    ("A careful look says (E)", "E"), ("<think>A</think>B", "B"), ("#### Which one?\nAnswer: B", "B"), ("C", "C."), ("x", "x"),
 ]  # fmt: skip
 UNEQUAL = [
     ("43", "42"), ("", "42"), (r"\boxed{}", "42"), ("...", "42"), ("no answer", "42"), ("no answer", "0"), ("=", "42"), ("nan", "42"),
@@ -77,21 +77,30 @@ UNEQUAL = [
     ("x^2+1", "(x+1)^2"), ("x", "y"), ("2x", "2"), ("Pairs", "Paris"), ("London", "Paris"), ("}", "}{"),
     ("<answer>42</answer> <answer>43</answer>", "42"), (r"<answer>42</answer> \boxed{43}", "42"), ("**42** or **43**", "42"), (r"\boxed 4 2", "42"), ("forty-two", "42"),
     (r"\log_2 8", "4"), (r"\log_2 8 + 1", "4"), (r"\varnothing", "0"), (r"3\sqrt{2} cm", r"3\sqrt{3}"), ("42 or more", "42"), ("the answer\nis not 42", "42"),
+    # Of several named values or letters none counts, nor one that is denied.
+    (r"\boxed{x=41 \text{ or } x=42}", "42"), (r"\boxed{x = 41, x = 42}", "42"), ("<answer>a = 1, b = 2, c = 42</answer>", "42"), (r"\boxed{x \not= 42}", "42"), ("The answer is not = 42", "42"),
+    ("The answer is not C", "C"), ("It isn't C", "C"), ("Everything except C", "C"), ("None of A, B, C", "C"), ("A/B/C", "C"), ("A and C", "C"), ("C, or A", "C"), ("C) or A)", "C"),
+    ("C: no. A: yes.", "C"), ("C. is wrong, A. is right", "C"), ("I don't know", "I"), ("A good question", "A"), ("<answer>A man</answer>", "A"), ("It could be A or B, but I take D", "A"),
+    (r"<think>maybe \boxed{42}", "42"), ("<answer>" * 9, "42"), ("on - no", "no - on"),
     ("The answer is B because A fails", "A"), ("The answer is option B, not A", "A"), ("A or B", "B"),
     ("A or B", "A"), ("Cat", "C"), ("I'D say", "D"), ("none of them", "N"), ("", "A"), (r"\boxed{", "B"), ("2x", "x"), ("C", "2"),
 ]  # fmt: skip
 
 
 def test_choices_are_letters_or_indices_from_0():
-    cases = {
-        ("J", "The answer is J."): 1.0,
-        (2, "C"): 1.0,
-        ("2", "(C) 12"): 1.0,
-        (0, "B"): 0.0,
-        (None, "A"): None,
-    }
+    right = [
+        ("J", "The answer is J."),
+        (2, "C"),
+        ("2", "(C) 12"),
+        ("2.0", "C"),
+        ("(C) Paris", "C"),
+        ("Option C", "C"),
+    ]
+    cases = {**dict.fromkeys(right, 1.0), (0, "B"): 0.0, (None, "A"): None, (float("nan"), "A"): None}
+    choice = load_reward("choice")
     for (gold, said), expected in cases.items():
-        assert common.choice([said], answer=[gold]) == [expected]
+        assert choice(completions=[said], answer=[gold]) == [expected]
+        assert choice(completions=[said], solution=[gold]) == [expected]
 
 
 @pytest.mark.parametrize(("said", "gold"), EQUAL)
@@ -105,9 +114,7 @@ def test_answers_that_are_wrong(said, gold):
 
 
 def test_answer_or_else_solution_or_none():
-    found = accuracy(
-        ["1", "2", "3", "4", "5"], [1, None, None, 5.0, ""], solution=[2, r"so \boxed{2}", None, 4, 5]
-    )
+    found = accuracy(["1", "2", "3", "4", "5"], [1, None, None, 5.0, ""], solution=[2, r"so \boxed{2}", None, 4, 5])  # fmt: skip
     assert found == [1, 1, None, 0, 1]
     assert accuracy(["1", "", "{'a': 1}"], answer=[None, "", {"a": 1}]) == [None] * 3
     assert common.as_number("0.1") * 3 == common.as_number("0.3")
@@ -132,9 +139,7 @@ def test_format_equals_trls_and_wants_an_answer():
     """The opening tag may stand in the prompt."""
     rng, parts = random.Random(0), ["<think>", "</think>", "why", "\n", "42", " "]
     said = ["".join(rng.choices(parts, k=rng.randint(1, 6))) for _ in range(500)]
-    theirs = trl.rewards.think_format_reward(
-        messages(*("<think>" + text.removeprefix("<think>") for text in said))
-    )
+    theirs = trl.rewards.think_format_reward(messages(*("<think>" + text.removeprefix("<think>") for text in said)))  # fmt: skip
     answered = [bool(text.partition("</think>")[2].strip()) for text in said]
     found = common.think_format(said)
     assert found == [float(one and has) for one, has in zip(theirs, answered, strict=True)]
@@ -246,8 +251,8 @@ def test_rewards_that_do_not_exist_are_refused(tmp_path, name, message):
         load_reward(name.format(bad), 64)
 
 
-GOLDS = ["42", 42, 0, r"$\boxed 2$", "so\n#### 42", "J", float("nan"), "12 + 30"]
-GOLDS += ["", None, {"a": 1}, ["42"], r"\boxed{4"]  # five that no answer agrees with
+GOLDS = ["42", 42, 0, r"$\boxed 2$", "so\n#### 42", "J", "12 + 30"]
+GOLDS += [float("nan"), "", None, {"a": 1}, ["42"], r"\boxed{4"]  # six that no answer agrees with
 NONE = "rows have no right answer for rewards to find, for example"
 
 
@@ -255,7 +260,7 @@ NONE = "rows have no right answer for rewards to find, for example"
     (["accuracy", "cosine"], [{"question": "a", "answer": None}, {"solution": 3}], f'1 of 2 {NONE} {{"question": "a", "answer": null}}'),
     (["format", "regex:a"], [{"question": "a"}], ""),
     (["accuracy"], [{"answer": "", "solution": "so 42"}, {"answer": {}, "solution": "42"}], f"1 of 2 {NONE} {{\"answer\": {{}}"),
-    (["accuracy"], [{"answer": gold} for gold in GOLDS], f"5 of 13 {NONE} {{\"answer\": \"\"}}"),
+    (["accuracy"], [{"answer": gold} for gold in GOLDS], f"6 of 13 {NONE} {{\"answer\": NaN}}"),
     (["format", "accuracy"], [{"question": "a", "answer": None}], UserError(f"1 of 1 {NONE} {{\"question\": .* need a column `answer` or `solution`")),
     (["cosine"], [{}], UserError("1 of 1 .* need a column")),
     (["accuracy"], [{"answer": {"a": 1}}, {"answer": r"\boxed{4"}], UserError("2 of 2 .*with text or a number")),
@@ -301,9 +306,7 @@ def judging(*names, timeout=10.0):
 def judged(worker, texts, **columns):
     """Judge completions -> rewards, and failures without the reward's name."""
     samples = [Sample([1], [1] * len(text), raw_prompt="p", raw_completion=text) for text in texts]
-    worker(
-        [{name: values[place] for name, values in columns.items()} for place in range(len(texts))], samples
-    )
+    worker([{name: values[place] for name, values in columns.items()} for place in range(len(texts))], samples)  # fmt: skip
     return [s.rewards for s in samples], [re.sub(r"^(.*:)?\w+: ", "", s.failure) for s in samples]
 
 
@@ -376,9 +379,7 @@ def test_a_worker_that_hangs_ends_with_its_trainer(tmp_path):
         "    threading.Timer(1, os.kill, (os.getpid(), 9)).start()\n"
         "    worker([{}], [Sample([1])])\n"
     )
-    done = subprocess.run(
-        [sys.executable, tmp_path / "trainer.py"], stdout=subprocess.PIPE, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, tmp_path / "trainer.py"], stdout=subprocess.PIPE, timeout=120, check=False)  # fmt: skip
     assert done.returncode == -9
     pids, deadline = [int(pid) for pid in done.stdout.split()], time.monotonic() + 20
     assert len(pids) == 2

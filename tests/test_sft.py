@@ -169,9 +169,7 @@ def test_micro_batches_do_not_change_the_curve(tmp_path, ragged, monkeypatch):
         if not case:
             monkeypatch.setattr(sft, "self_check", lambda *_: False)
         assert_same_curve(train(tmp_path / str(number), **case, **flags), whole)
-        assert len(calls) >= 60, (
-            "4 layers x 5 steps, and more micro-batches or each layer again in the backward"
-        )
+        assert len(calls) >= 60, "4 layers x 5 steps, and more micro-batches or each layer again in the backward"  # fmt: skip
 
 
 SLOW_MODES = [{"lora_rank": 4, "gradient_checkpointing": True}, {"dtype": "bfloat16"}]

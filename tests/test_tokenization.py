@@ -149,9 +149,12 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
     "the end within the answer": ("qwen2_5", chat("a", f"b{IM}"), r"message 1 .assistant: .* contains <\|im_end\|>, which only the chat template may write"),
     "a turn within the user's words": ("llama3", chat(f"a{EOT}<|start_header_id|>system", "b"), r"message 0 .user: .* contains <\|eot_id\|>, which"),
     "a control token in a tool's result": ("qwen3", [*CALLED[:2], tool(f"7{IM}"), CALLED[3]], r"message 2 .tool: .* contains <\|im_end\|>, which"),
-    "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], r"template drops .*`tool_calls`.*, .*`tools`.*; give another"),
+    "calls that are dropped": ("llama3", [*CALLED, *TWO[2:]], r"template drops `tools`; give another"),
     "tools that no text shows": ("llama3", TWO, "template drops .*`tools`"),
     "reasoning that is dropped": ("llama3", [TWO[0], assistant("b", thinking="hm")], "template drops .*`thinking`"),
+    "reasoning that no text can show, earlier": ("llama3", [TWO[0], assistant("b", thinking="hm"), *TWO[2:]], "template drops `thinking`"),
+    "thinking that is cut off": (PLAIN.replace("m.content", "m.content.split('</think>')[-1]") + IM, chat("a", f"{THINK}Two."), "drops part of the assistant's"),
+    "a control token in a tool": ("qwen3", [{"tools": f"a{IM}"}], r"tools or chat_template_kwargs contains <\|im_end\|>, which"),
     "a developer message that is dropped": (DROPS, [{"role": "developer", "content": "a"}, *TWO], r"drops message 0 .developer: \"a\""),
     "words apart from their call": ("gemma4", [user("a"), assistant("CALLING.", tool_calls=CALL), *CALLED[2:]], "does not render message 1 in one place"),
 }  # fmt: skip
@@ -161,8 +164,18 @@ REFUSED = {  # template (a stock one's name, or Jinja), messages, the message
 def test_what_cannot_be_rendered_or_marked_is_refused(name):
     template, messages, expected = REFUSED[name]
     row = {"messages": messages, "tools": [TOOL] * ("tool" in name or "call" in name)}
+    row |= {"messages": TWO, "chat_template_kwargs": messages[0]} if "tools" in messages[0] else {}
     with pytest.raises(UserError, match=expected):
         encode_sft(row, stock(template))
+
+
+def test_control_tokens_need_no_mark():
+    """DeepSeek-R1's tokens of roles are not marked as special."""
+    tokenizer = copy.deepcopy(EMBEDDED)
+    tokenizer.add_tokens([AddedToken("<\uff5cUser\uff5c>", special=False), AddedToken("<think>", special=False)])  # fmt: skip
+    assert encode_sft({"messages": chat("a <think> b", "c")}, tokenizer)["length"] > 1
+    with pytest.raises(UserError, match="contains <\uff5cUser\uff5c>, which"):
+        encode_sft({"messages": chat("a <\uff5cUser\uff5c> b", "c")}, tokenizer)
 
 
 def test_tokenizers_that_swallow_blanks_or_trim_offsets_give_the_same_mask():
@@ -277,7 +290,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "columns of another kind": (encode_sft, {"messages": TWO, "text": "abc", "prompt": "a"}, ["`prompt`", "`text`"]),
     "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
     "a template's argument": (encode_sft, {"messages": TWO, "chat_template_kwargs": {"mood": "x"}}, ["`mood`"]),
-    "thinking that Qwen3 strips": (encode_sft, {"messages": THOUGHT}, ["part of an assistant's message"]),
+    "thinking that Qwen3 strips": (encode_sft, {"messages": THOUGHT}, ["part of the assistant's message"]),
     "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name`"]),
     "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", mood="hm")], "rejected": "c", "id": 1}, ["`id`", "`mood`"]),
     "too long": (encode_sft, {"text": "7" * 100}, "longer than 50 tokens"),
@@ -406,18 +419,16 @@ def test_values_reach_the_encoder_as_they_are_in_the_file(tmp_path):
     rows = [{"text": "2024-01-01"}, {"text": "2024-01-02", "json": "{}"}]  # Arrow would make two timestamps
     texts = [EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, rows)]
     assert texts == [f"2024-01-01{IM}", f"2024-01-02{IM}"]
-    (tmp_path / "days").mkdir()
-    for name, row in zip("ab", rows, strict=True):
-        write_rows(tmp_path / "days" / f"{name}.jsonl", [row])
-    assert [
-        EMBEDDED.decode(row["input_ids"]) for row in prepared(tmp_path, [], sources=(f"{tmp_path}/days",))
-    ] == texts
+    for name, row in zip(("days/a", "days/b", "named/train-0", "named/test"), rows * 2, strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+    for folder, expected in (("days", texts), ("named", texts[:1]), ("named:test", texts[1:])):
+        found = prepared(tmp_path, [], sources=(f"{tmp_path}/{folder}",))
+        assert [EMBEDDED.decode(row["input_ids"]) for row in found] == expected
     tokenizer = copy.deepcopy(EMBEDDED)
     tokenizer.chat_template = "{{ tools | tojson }}|{{ one is defined }}|{% for m in messages %}{{ m | tojson }}{% endfor %}"  # fmt: skip
     function = {"name": "f", "arguments": '{"x": null, "y": 1}'}  # a real null is kept
-    rows = [
-        {"messages": TWO[:1], "tools": json.dumps([json.dumps(TOOL)]), "chat_template_kwargs": {"two": 2}}
-    ]
+    rows = [{"messages": TWO[:1], "tools": json.dumps([json.dumps(TOOL)]), "chat_template_kwargs": {"two": 2}}]  # fmt: skip
     rows += [{"messages": [{"from": "function_call", "value": json.dumps(function)}], "chat_template_kwargs": {"one": 1}}]  # fmt: skip
     called = {"type": "function", "function": {"name": "f", "arguments": {"x": None, "y": 1}}}
     table = datasets.Dataset.from_list(rows)
