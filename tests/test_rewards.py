@@ -58,7 +58,10 @@ EQUAL = [  # what is said, what is right
     ("So he has **42 apples**.", "42"), ("It is **$42**.", "42"), (r"$3\sqrt{2}$ cm", r"3\sqrt{2}"), (r"3\sqrt{2}\text{ cm}", r"3\sqrt{2}"), (r"5\pi cm^3", r"5\pi"),
     (r"\frac{\pi}{4} \text{ radians}", r"\frac{\pi}{4}"), ("42 miles per hour", "42"), ("2\\pi", r"2\pi \text{ square inches}"), (r"\log_2 8", r"\log_2 8"), (r"\log_2 8", "3"), (r"\log_{10} 1000", "3"),
     (r"\varnothing", r"\emptyset"), (r"\{\}", r"\varnothing"), ("2", r"so $\boxed 2$"), ("12+30", "12 + 30"), ("NaN", "nan"), ("42", r"6 + 7 = 13, so the answer is \boxed{42}"),
-    ("The answer is B because A fails", "B"), ("The answer is option B, not A", "B"), ("C. Salt and water do not mix", "C"), ("The right one is C.", "C"), ("Answer 42", "42"), (r"\boxed{p - q}", "p-q"), ("b+a", "a+b"), ("p/q", r"\frac{p}{q}"),
+    ("The answer is B because A fails", "B"), ("The answer is option B, not A", "B"), ("C. Salt and water do not mix", "C"), ("The right one is C.", "C"), ("The answer is $1,000 + $505 = $1,505.", "1505"), ("Thus, x = 42", "42"), (r"\boxed{\gcd(12, 18) = 1,234}", "1234"), ("P(A and B) = 1,234", "1234"), ("The answer is 42. They answer 20 questions.", "42"), ("Use the <think> tag. The answer is 42", "42"),
+    ("B. John F. Kennedy", "B"), ("A) Vitamin D: calciferol", "A"), ("I think it is B.", "B"), ("C, 4", "C"), ("Answer: C - 4", "C"), ("Answer: C (4)", "C"), ("The correct answer is option C: 4.", "C"),
+    ("The answer is C, which is 4.", "C"), ("B is correct.", "B"), ("The best answer is B; the others fail.", "B"), ("The answer is not E but B.", "B"), ("It is not A, but C", "C"), ("E. coli", "E. coli"),
+    (r"\boxed{p - q}", "p-q"), ("b+a", "a+b"), ("p/q", r"\frac{p}{q}"),
     ("A careful look says (E)", "E"), ("<think>A</think>B", "B"), ("#### Which one?\nAnswer: B", "B"), ("C", "C."), ("x", "x"),
 ]  # fmt: skip
 UNEQUAL = [
@@ -81,7 +84,7 @@ UNEQUAL = [
     (r"\boxed{x=41 \text{ or } x=42}", "42"), (r"\boxed{x = 41, x = 42}", "42"), ("<answer>a = 1, b = 2, c = 42</answer>", "42"), (r"\boxed{x \not= 42}", "42"), ("The answer is not = 42", "42"),
     ("The answer is not C", "C"), ("It isn't C", "C"), ("Everything except C", "C"), ("None of A, B, C", "C"), ("A/B/C", "C"), ("A and C", "C"), ("C, or A", "C"), ("C) or A)", "C"),
     ("C: no. A: yes.", "C"), ("C. is wrong, A. is right", "C"), ("I don't know", "I"), ("A good question", "A"), ("<answer>A man</answer>", "A"), ("It could be A or B, but I take D", "A"),
-    (r"<think>maybe \boxed{42}", "42"), ("<answer>" * 9, "42"), ("on - no", "no - on"),
+    (r"<think>maybe \boxed{42}", "42"), ("<answer>" * 9, "42"), ("on - no", "no - on"), ("E. faecalis", "E. coli"), ("E", "E. coli"), ("A, B and C", "A"),
     ("The answer is B because A fails", "A"), ("The answer is option B, not A", "A"), ("A or B", "B"),
     ("A or B", "A"), ("Cat", "C"), ("I'D say", "D"), ("none of them", "N"), ("", "A"), (r"\boxed{", "B"), ("2x", "x"), ("C", "2"),
 ]  # fmt: skip

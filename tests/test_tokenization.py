@@ -290,6 +290,7 @@ NOTED = {  # encoder, row, the names of what nothing reads, or why it is dropped
     "columns of another kind": (encode_sft, {"messages": TWO, "text": "abc", "prompt": "a"}, ["`prompt`", "`text`"]),
     "tools of text": (encode_sft, {"completion": "abc", "tools": [TOOL]}, ["`tools`"]),
     "a template's argument": (encode_sft, {"messages": TWO, "chat_template_kwargs": {"mood": "x"}}, ["`mood`"]),
+    "reasoning that Qwen3 strips, and none": (encode_sft, {"messages": [TWO[0], assistant("b", reasoning_content="hm"), TWO[2], assistant("c", reasoning_content="")]}, ["`reasoning_content`"]),
     "thinking that Qwen3 strips": (encode_sft, {"messages": THOUGHT}, ["part of the assistant's message"]),
     "an unknown key": (encode_sft, {"messages": [{**TWO[0], "name": "Ann"}, {**TWO[1], "weight": 1}]}, ["`name`"]),
     "sides of a preference": (encode_preference, {"prompt": "a", "chosen": [assistant("b", mood="hm")], "rejected": "c", "id": 1}, ["`id`", "`mood`"]),
