@@ -325,6 +325,8 @@ def test_prompts_end_where_the_model_begins_and_keep_all_columns():
     found = encode_prompt({"prompt": TWO[:1], "chat_template_kwargs": options}, qwen, tools=[TOOL])
     expected = qwen.apply_chat_template(TWO[:1], tools=[TOOL], add_generation_prompt=True, tokenize=False, **options)  # fmt: skip
     assert qwen.decode(found["input_ids"]) == expected
+    found = encode_prompt({"prompt": TWO[:1], "chat_template_kwargs": json.dumps(options)}, qwen)
+    assert json.loads(found["columns"]) == {"chat_template_kwargs": options}  # episodes render with them
 
 
 DISTILLED = {  # row -> what stands before its last answer
