@@ -105,6 +105,7 @@ SAME_TRAINING = {
     "lora, replaced groups, reference": {"zero_variance": "replace", "lora_rank": 4, "learning_rate": 1e-3,
                                          "beta": 0.05},
     "environment": {**CALCULATOR, "beta": 0.1, "max_steps": 2},
+    "images": {"model": f"{ASSETS}/vlm", "dataset": (f"{ASSETS}/pictures_eval.parquet",), "beta": 0.1},
 }  # fmt: skip
 
 

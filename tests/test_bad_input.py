@@ -40,8 +40,8 @@ ROWS = {  # a row of a .jsonl file -> the message
     "a list": ([1, 2], r"the row is \[1, 2\], not an object with columns"),
     "content is a number": (says("assistant", 3), r"`messages\[0\].content` is 3; it must be str"),
     "content is missing": ({"messages": [{"role": "user"}]}, r"`messages\[0\].content` is null; it must be str"),
-    "an image in a message": (says("user", [{"type": "image"}]), r"`messages\[0\].content` is \[\{\"type\": \"image\"\}\]; it must be str"),
-    "an image column": ({"images": ["x.png"], "text": "a"}, r"the row has images, which are not supported"),
+    "an image in a message": (says("user", [{"type": "image"}]), r"images need a vision-language model"),
+    "an image column": ({"images": ["x.png"], "text": "a"}, r"images need a vision-language model"),
     "unknown role": (says("robot", "a"), r"`messages\[0\]` has the role \"robot\"; roles are system, developer, user, assistant, tool"),
     "unknown sender": ({"conversations": [{"from": ["human"], "value": "a"}]}, r"`conversations\[0\].role` is \[\"human\"\]; it must be str"),
     "messages is text": ({"messages": "hello"}, r"`messages` is \"hello\"; it must be list\[dict\]"),
@@ -124,7 +124,7 @@ def test_an_environment_brings_its_own_tools(tmp_path):
     tools = [{"type": "function", "function": {"name": "f"}}]
     for row in ({"prompt": "a"}, {"prompt": ASKED, "tools": tools}):
         message = message_of_data(PROMPTS, write_rows(tmp_path / "rows.jsonl", [row]), tools=tools)
-        assert "with --environment, `prompt` must be messages, and the row must have no `tools`" in message
+        assert "with --environment, `prompt` must be messages, without images, and no `tools`" in message
 
 
 FILES = {  # a file's name, its content, the message

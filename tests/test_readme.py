@@ -33,6 +33,9 @@ STAND_INS = {
     "heldout.jsonl": str(ASSETS / "messages_eval.jsonl"),
     "pairs.jsonl": str(ASSETS / "preferences_eval.jsonl"),
     "prompts.jsonl": str(ASSETS / "prompts_eval.jsonl"),
+    "tests/assets/vlm": str(ASSETS / "vlm"),
+    "tests/assets/pictures.parquet": str(ASSETS / "pictures_eval.parquet"),
+    "tests/assets/pictures_eval.parquet": str(ASSETS / "pictures_eval.parquet"),
 }
 SHORT = ["--max-steps", "2", "--batch-size", "16"]
 ONCE = "torchrun --nnodes"  # the other commands under torchrun run with one rank
