@@ -415,15 +415,16 @@ def test_files_are_opened_again_when_they_have_changed(files):
     assert encoded(tokenizer, files, [row])[0]["images"][0]["digest"] == digests[0]
 
 
-def test_a_template_that_wants_strings_gets_them(tmp_path):
+def test_a_template_that_wants_strings_gets_them(files):
     """A vision-language model trains on text with any chat template; one without a place for images refuses them."""
-    tokenizer = load_tokenizer(MODEL, str(ASSETS / "mistral.jinja"), has_images=True)
+    tokenizer = load_tokenizer(MODEL, has_images=True)
     tokenizer.chat_template = hf.AutoTokenizer.from_pretrained(ASSETS / "model").chat_template
-    (row,) = encoded(tokenizer, tmp_path, [{"messages": [{"role": "user", "content": "Hi"}, says("Oh")]}])
-    assert (
-        tokenizer.decode(row["input_ids"])
-        == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOh<|im_end|>\n"
-    )
+    row = {"messages": [{"role": "user", "content": "Hi"}, says("Oh")]}
+    (found,) = encoded(tokenizer, files, [row])
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nOh<|im_end|>\n"
+    assert tokenizer.decode(found["input_ids"]) == text
+    with pytest.raises(UserError, match="the chat template must show each image once; use another"):
+        encoded(tokenizer, files, [{**row, "image": "a.png"}])
 
 
 NONE = "images need a vision-language model in sft.py, dpo.py or GRPO, and --engine hf; remove them"
@@ -497,27 +498,25 @@ def test_evaluation_reference_and_old_log_probs_see_the_pictures(tmp_path, mixed
         assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
 
 
+def assert_resumes_exactly(script, folder, **flags):
+    """A run that goes on from the checkpoint before its last equals one that did not stop."""
+    train(script, folder / "straight", save_every=flags["max_steps"] // 2, **flags)
+    shutil.copytree(folder / "straight", folder / "stopped")
+    shutil.rmtree(folder / "stopped" / "final")
+    shutil.rmtree(max((folder / "stopped").glob("checkpoint-*")))
+    train(script, folder / "stopped", save_every=flags["max_steps"] // 2, resume=True, **flags)
+    assert_same_run(folder / "stopped", folder / "straight")
+
+
 def test_a_generation_batch_of_bytes_is_resumed(tmp_path):
     """Checkpoints hold no images: they come from the rows again."""
-    flags = {"model": MODEL, "dataset": (HELD_OUT,), "num_generations": 4, "batch_size": 16, "max_steps": 2}
-    flags |= {"num_iterations": 2, "save_every": 1}
-    train(grpo, tmp_path / "straight", **flags)
-    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
-    for name in ("final", "checkpoint-00000002"):
-        shutil.rmtree(tmp_path / "stopped" / name)
-    train(grpo, tmp_path / "stopped", resume=True, **flags)
-    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    flags = {"model": MODEL, "dataset": (HELD_OUT,), "num_generations": 4, "batch_size": 16}
+    assert_resumes_exactly(grpo, tmp_path, num_iterations=2, max_steps=2, **flags)
 
 
 @pytest.mark.parametrize("kind", [qwen3_vl, llava_onevision])
 def test_resume_is_exact_though_layers_are_unused(tmp_path, mixed, folder, kind):
-    flags = {"model": saved(kind, folder), "dataset": mixed, "max_steps": 4, "save_every": 2}
-    train(sft, tmp_path / "straight", **flags)
-    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
-    for name in ("final", "checkpoint-00000004"):
-        shutil.rmtree(tmp_path / "stopped" / name)
-    train(sft, tmp_path / "stopped", resume=True, **flags)
-    assert_same_run(tmp_path / "stopped", tmp_path / "straight")
+    assert_resumes_exactly(sft, tmp_path, model=saved(kind, folder), dataset=mixed, max_steps=4)
 
 
 def test_lora_adapts_the_text_alone(tmp_path, mixed, folder):
